@@ -36,6 +36,10 @@ def test_case_survives_its_formats(name: str, tmp_path: Path) -> None:
     assert equal(before, zoo.predictions(model, case.inputs()), 0), "predictions change from call to call"
     for suffix in case.formats:
         assert equal(before, reloaded(case, model, suffix, tmp_path), case.tolerance), suffix
+    if not case.seeded_config:
+        other = case.build(2)
+        other.load_weights(zoo.save(model, tmp_path / "model.weights.h5"))
+        assert equal(before, zoo.predictions(other, case.inputs()), case.tolerance), ".weights.h5"
 
 
 @pytest.mark.parametrize(("name", "suffix"), REFUSALS)

@@ -27,6 +27,7 @@ _OPERATIONS = "the legacy loader looks for an operation among the layers: unknow
 _MASK = "the mask is an operation of the graph (NotEqual), which the legacy loader looks for among the layers"
 _PICKLE = "get_config holds a module (the backend), which the legacy saver cannot copy"
 _VOCABULARY = "an adapted vocabulary is an asset, and the legacy format has none"
+_AXES = "the legacy loader drops a list of several axes: another shape, or silently other numbers"
 _TOP_LEVEL = "the legacy loader looks for a registered class of the whole model by its bare name and does not find it"
 REFUSED: dict[str, dict[str, str]] = {
     ".keras": {
@@ -39,7 +40,9 @@ REFUSED: dict[str, dict[str, str]] = {
         "masking": _MASK,
         "masking_layer": _MASK,
         "dense_float8": "quantized after it was built, a layer has its weights in another order than one built so",
-        "layer_normalization_axes": "axis [1, 2] is not restored before the layer is built",
+        "layer_normalization_axes": _AXES,
+        "unit_normalization_axes": _AXES,
+        "softmax_axes": _AXES,
         "attention_use_scale": "score_mode 'dot' is read as the function of that name",
         "string_lookup_adapted": _VOCABULARY,
         "string_lookup_tf_idf": _VOCABULARY,
@@ -524,12 +527,15 @@ layer("batch_normalization_axis", F(2, 4, 4), lambda b, x: b.BatchNormalization(
 layer("batch_normalization_renorm", F(6), lambda b, x: b.BatchNormalization(renorm=True)(x))
 layer("layer_normalization", F(4, 6), lambda b, x: b.LayerNormalization()(x))
 layer("layer_normalization_axes", F(4, 6), lambda b, x: b.LayerNormalization(axis=[1, 2])(x))
+layer("layer_normalization_rms_scaling", F(6), lambda b, x: b.LayerNormalization(rms_scaling=True)(x))
 layer("layer_normalization_without_center", F(6), lambda b, x: b.LayerNormalization(center=False)(x))
 layer("layer_normalization_without_scale", F(6), lambda b, x: b.LayerNormalization(scale=False)(x))
 layer("group_normalization", F(4, 4, 4), lambda b, x: b.GroupNormalization(groups=2)(x))
 layer("group_normalization_without_scale", F(4, 4), lambda b, x: b.GroupNormalization(groups=-1, scale=False)(x))
 layer("rms_normalization", F(6), lambda b, x: b.RMSNormalization()(x))
 layer("unit_normalization", F(6), lambda b, x: b.UnitNormalization()(b.Dense(4)(x)))
+layer("unit_normalization_axes", F(4, 6), lambda b, x: b.UnitNormalization(axis=[1, 2])(x))
+layer("softmax_axes", F(4, 6), lambda b, x: b.Softmax(axis=[1, 2])(x))
 layer("spectral_normalization_dense", F(6), lambda b, x: b.SpectralNormalization(b.Dense(5))(x))
 layer(
     "spectral_normalization_conv",
