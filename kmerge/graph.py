@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kmerge.errors import GraphError
@@ -198,6 +198,20 @@ def layer_order(graph: Graph) -> list[int]:
             layer_depth[layer] = 0
             places[layer] = -1
     return sorted(layer_depth, key=lambda layer: (-layer_depth[layer], places[layer]))
+
+
+def sort_calls(graph: Graph) -> Graph:
+    """The same network with its calls in topological order; calls that reach no output and are no input are dropped."""
+    order, _ = traversal(graph)
+    reached = set(order)
+    order += [ref.call for ref in refs(graph.inputs) if ref.call not in reached]
+    place = {call: index for index, call in enumerate(order)}
+
+    def move(ref: Ref) -> Ref:
+        return ref.moved(place[ref.call])
+
+    calls = tuple(Call(graph.calls[call].layer, substitute(graph.calls[call].arguments, move)) for call in order)
+    return replace(graph, calls=calls, inputs=substitute(graph.inputs, move), outputs=substitute(graph.outputs, move))
 
 
 def ancestors(graph: Graph, calls: Iterable[int]) -> set[int]:

@@ -94,6 +94,14 @@ def build_skeleton(window: Window, layout: Layout) -> dict[str, int]:
     return offsets
 
 
+def add_root_attributes(window: Window, attributes: Mapping[str, AttributeValue]) -> None:
+    """Add attributes to the root of a finished file."""
+    with h5py.File(window, "r+") as file:
+        write_attributes(file["/"].id, attributes)
+    if window.error:
+        raise window.error
+
+
 def _discard(file: h5py.File) -> None:
     """Close a file that is to be thrown away, whatever HDF5 says about it."""
     try:

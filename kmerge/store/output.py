@@ -3,7 +3,7 @@
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 
 from kmerge.errors import MergeError
 from kmerge.store.archive import CONFIG, METADATA, WEIGHTS, Asset
-from kmerge.store.layout import Layout, as_bytes, build_skeleton
+from kmerge.store.layout import Layout, add_root_attributes, as_bytes, build_skeleton
 from kmerge.store.rawio import Window, read_at, write_at
 from kmerge.store.target import check_target, explain, temporary_file, temporary_folder
 from kmerge.store.zipread import member_problem
@@ -20,6 +20,8 @@ from kmerge.store.zipwrite import ZIP64_FROM, Member, crc32_combine, directory
 
 _ROOM_PER_OBJECT = 4096  # generous: bytes of HDF5's own records per group or tensor
 _BLOCK = 1 << 20
+Closing = Callable[[], Mapping[str, Any]]
+"""Gives what is known only after the tensors."""
 
 
 class Output:
@@ -105,13 +107,16 @@ class Output:
 
 
 @contextmanager
-def create_hdf5(path: str | Path, layout: Layout, overwrite: bool = False) -> Iterator[Output]:
+def create_hdf5(
+    path: str | Path, layout: Layout, overwrite: bool = False, closing: Closing | None = None
+) -> Iterator[Output]:
     """Write one HDF5 file; it appears when the block ends normally.
 
     Args:
         path: where to.
         layout: everything but the numbers.
         overwrite: whether an existing file may be replaced.
+        closing: gives further attributes of the root once all tensors are written.
 
     Yields:
         The output, to be filled with `write`.
@@ -126,13 +131,16 @@ def create_hdf5(path: str | Path, layout: Layout, overwrite: bool = False) -> It
         output = Output(fd, 0, layout, path, sum_up=False)
         yield output
         output.finish()
+        if closing is not None:
+            with explain(path):
+                add_root_attributes(Window(fd, 0, output.size, writable=True), closing())
 
 
 @contextmanager
 def create_archive(
     path: str | Path,
     *,
-    metadata: Mapping[str, Any],
+    metadata: Mapping[str, Any] | Closing,
     config: Mapping[str, Any],
     layout: Layout,
     assets: Mapping[str, bytes | Asset] | None = None,
@@ -143,7 +151,7 @@ def create_archive(
 
     Args:
         path: where to.
-        metadata: content of metadata.json.
+        metadata: content of metadata.json, or a function that gives it once all tensors are written.
         config: content of config.json.
         layout: everything of model.weights.h5 but the numbers.
         assets: further members by their full names ("assets/…"), as bytes or as `Archive.assets` gives them.
@@ -163,17 +171,25 @@ def create_archive(
         problem = "has the name of another part" if name in (METADATA, CONFIG, WEIGHTS) else member_problem(name)
         if problem:
             raise MergeError(f"asset {name!r} {problem}.")
-    texts = {METADATA: json.dumps(metadata).encode(), CONFIG: json.dumps(config).encode()}
+    texts = {CONFIG: json.dumps(config).encode()}
+    if not callable(metadata):
+        texts = {METADATA: json.dumps(metadata).encode(), **texts}
     sizes = [len(asset) if isinstance(asset, bytes) else asset.size for asset in assets.values()]
     check_target(path, overwrite, folder, layout.nbytes + sum(sizes))
     write = _in_folder if folder else _in_zip
-    with write(path, texts, layout, assets, overwrite) as output:
+    late = metadata if callable(metadata) else None
+    with write(path, texts, layout, assets, overwrite, late) as output:
         yield output
 
 
 @contextmanager
 def _in_folder(
-    path: Path, texts: dict[str, bytes], layout: Layout, assets: dict[str, bytes | Asset], overwrite: bool
+    path: Path,
+    texts: dict[str, bytes],
+    layout: Layout,
+    assets: dict[str, bytes | Asset],
+    overwrite: bool,
+    metadata: Closing | None,
 ) -> Iterator[Output]:
     with temporary_folder(path, overwrite) as place:
         for name, data in texts.items():
@@ -190,13 +206,21 @@ def _in_folder(
                     (place / name).write_bytes(data)
             yield output
             output.finish()
+            if metadata is not None:
+                with explain(path):
+                    (place / METADATA).write_bytes(json.dumps(metadata()).encode())
         finally:
             os.close(fd)
 
 
 @contextmanager
 def _in_zip(
-    path: Path, texts: dict[str, bytes], layout: Layout, assets: dict[str, bytes | Asset], overwrite: bool
+    path: Path,
+    texts: dict[str, bytes],
+    layout: Layout,
+    assets: dict[str, bytes | Asset],
+    overwrite: bool,
+    metadata: Closing | None,
 ) -> Iterator[Output]:
     with temporary_file(path, overwrite) as fd:
         members: list[Member] = []
@@ -225,6 +249,8 @@ def _in_zip(
             append(name, _content(asset))
         yield output
         weights.crc = output.finish()
+        if metadata is not None:
+            append(METADATA, json.dumps(metadata()).encode())
         with explain(path):
             write_at(fd, weights.header, memoryview(weights.local()))
             write_at(fd, end, memoryview(directory(members, end)))

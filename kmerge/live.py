@@ -1,0 +1,134 @@
+"""Everything that needs Keras: live models in and out, and conversion between formats.
+
+Keras is imported when a function here is called, not before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from kmerge.errors import FormatError, MergeError, OutputError
+
+RUNS_CODE = ("Lambda", "TFSMLayer", "TorchModuleWrapper")
+"""Layers that hold code: never run from a file."""
+
+
+def is_model(value: Any) -> bool:
+    """Whether a value is a live Keras model, without importing Keras."""
+    return any(
+        base.__name__ == "Model" and base.__module__.startswith(("keras.", "keras_core.")) for base in type(value).__mro__
+    )
+
+
+def save_model(model: Any, folder: Path, name: str) -> Path:
+    """A live model as a `.keras` file in a folder.
+
+    Raises:
+        FormatError: if the model is not built, or Keras cannot save it.
+    """
+    if not getattr(model, "built", False):
+        raise FormatError(f"The model '{model.name}' has no weights yet: call or build it once before merging.")
+    path = folder / f"{name}.keras"
+    try:
+        model.save(path)
+    except Exception as error:
+        raise FormatError(f"Keras cannot save the model '{model.name}': {_one_line(error)}.") from error
+    return path
+
+
+def load_model(path: Path, what: str, custom_objects: Mapping[str, Any] | None = None, trusted: bool = False) -> Any:
+    """Open a model file with Keras, in safe mode unless the file was made from the caller's own live models.
+
+    Raises:
+        MergeError: if Keras does not open it.
+    """
+    import keras
+
+    try:
+        return keras.saving.load_model(path, custom_objects=dict(custom_objects or {}), compile=False, safe_mode=not trusted)
+    except Exception as error:
+        raise MergeError(f"Keras {keras.__version__} cannot open {what}: {_one_line(error)}.") from error
+
+
+def check_runs_no_code(model: Mapping[str, Any] | None, name: str) -> None:
+    """Refuse a configuration that would run code of its own.
+
+    Raises:
+        FormatError: naming the layer.
+    """
+    for class_name, layer in _classes(model):
+        if class_name in RUNS_CODE:
+            raise FormatError(
+                f"'{name}' has a {class_name} layer '{layer}', which holds code, and to turn it into another format the model "
+                "must be run. Merge it in its own format (name the output with the same suffix), or replace the layer."
+            )
+
+
+def _classes(value: Any) -> Iterator[tuple[str, str]]:
+    if isinstance(value, Mapping):
+        if isinstance(value.get("class_name"), str):
+            config = value.get("config")
+            name = value.get("name") or (config.get("name") if isinstance(config, Mapping) else None)
+            yield value["class_name"], str(name)
+        for item in value.values():
+            yield from _classes(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _classes(item)
+
+
+def convert_file(path: Path, model: Mapping[str, Any] | None, folder: Path, name: str) -> Path:
+    """A model file of any format as `.keras`, through Keras.
+
+    Raises:
+        FormatError: if it holds code.
+        MergeError: if Keras does not open it.
+    """
+    check_runs_no_code(model, path.name)
+    return save_model(load_model(_with_suffix(path, model, folder), f"'{path.name}'"), folder, name)
+
+
+def _with_suffix(path: Path, model: Mapping[str, Any] | None, folder: Path) -> Path:
+    """Keras goes by the suffix: a file whose suffix tells something else is handed over under another name."""
+    suffix = ".keras" if model is not None and "module" in model else ".h5"
+    if path.is_dir() or path.name.endswith(suffix) or (suffix == ".h5" and path.name.endswith(".hdf5")):
+        return path
+    link = folder / f"source_{len(os.listdir(folder))}{suffix}"
+    link.symlink_to(path.resolve())
+    return link
+
+
+def write_as_h5(path: Path, target: Path, attribute: str) -> None:
+    """A `.keras` file as a Keras 3 `.h5` at `target`, with kmerge's facts in an attribute.
+
+    Raises:
+        MergeError: if Keras cannot.
+    """
+    import h5py
+
+    model = load_model(path, "the merged model")
+    try:
+        model.save(target)
+        with h5py.File(target, "r+") as file:
+            file.attrs["kmerge"] = attribute
+    except Exception as error:
+        raise OutputError(f"Keras cannot write the merged model as .h5: {_one_line(error)}. Write it as .keras.") from error
+
+
+def custom_objects_of(models: list[Any]) -> dict[str, Any]:
+    """Classes of the layers of live models that are not Keras's own, so that the merged model can be built from them."""
+    found: dict[str, Any] = {}
+    for model in models:
+        for layer in [model, *model._flatten_layers()]:
+            kind = type(layer)
+            if not kind.__module__.startswith("keras."):
+                found[kind.__name__] = kind
+    return found
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return (text if len(text) <= 300 else text[:297] + "...").rstrip(".")

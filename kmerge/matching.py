@@ -1,0 +1,253 @@
+"""Which layer of one source is which layer of another, and what forbids two to be shared.
+
+Sources match by position in the graph, never by name: automatic names differ in every file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from kmerge.dialects.reading import input_shape
+from kmerge.dialects.vocabulary import LEARNED_STATE, comparable, difference, policy_name
+from kmerge.errors import FormatError
+from kmerge.graph import Call, Graph, Ref, canonical, flatten, refs, substitute
+from kmerge.source import Source, State
+
+
+@dataclass(frozen=True)
+class Match:
+    """Two graphs laid over each other: numbers of `first` to numbers of the other, where they correspond."""
+
+    layers: Mapping[int, int]
+    calls: Mapping[int, int]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What two layers at the same position differ in."""
+
+    what: str
+    first: Any
+    second: Any
+    kind: str
+    """shape, configuration, state, call, place or class"""
+
+    def sentence(self, first: str, second: str) -> str:
+        return f"{self.what} is {_show(self.first)} in '{first}' but {_show(self.second)} in '{second}'"
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, str):
+        return f"'{value}'"
+    if value is None:
+        return "not set"
+    text = str(tuple(value)) if isinstance(value, list) and all(isinstance(item, int) for item in value) else str(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def match(first: Source, other: Source) -> Match:
+    """Lay two networks over each other.
+
+    Forward from the inputs: calls of the same class on corresponding tensors correspond, among several the one with
+    equal configuration, else the first in Keras's order. Then backward from the outputs, for what stands behind parts
+    that differ.
+    """
+    one, two = _graph(first), _graph(other)
+    matcher = _Matcher(one, two)
+    matcher.forward()
+    matcher.backward()
+    return Match(matcher.layers, matcher.calls)
+
+
+def identity(graph: Graph) -> Match:
+    """A graph laid over itself."""
+    return Match({n: n for n in range(len(graph.layers))}, {n: n for n in range(len(graph.calls))})
+
+
+def _graph(source: Source) -> Graph:
+    if source.graph is None:
+        raise FormatError(f"'{source.label}' holds no graph.")
+    return source.graph
+
+
+class _Matcher:
+    def __init__(self, first: Graph, other: Graph) -> None:
+        self.first, self.other = first, other
+        self.layers: dict[int, int] = {}
+        self.calls: dict[int, int] = {}
+        self.taken_layers: dict[int, int] = {}
+        self.taken_calls: set[int] = set()
+        self.first_plain = [canonical(comparable(layer.config)) for layer in first.layers]
+        self.other_plain = [canonical(comparable(layer.config)) for layer in other.layers]
+
+    def pair(self, call: int, other_call: int) -> None:
+        layer, other_layer = self.first.calls[call].layer, self.other.calls[other_call].layer
+        self.calls[call] = other_call
+        self.taken_calls.add(other_call)
+        self.layers[layer] = other_layer
+        self.taken_layers[other_layer] = layer
+
+    def fits(self, call: int, other_call: int) -> bool:
+        layer, other_layer = self.first.calls[call].layer, self.other.calls[other_call].layer
+        return (
+            call not in self.calls
+            and other_call not in self.taken_calls
+            and self.first.layers[layer].class_name == self.other.layers[other_layer].class_name
+            and self.layers.get(layer, other_layer) == other_layer
+            and self.taken_layers.get(other_layer, layer) == layer
+        )
+
+    def forward(self) -> None:
+        for mine, theirs in zip(refs(self.first.inputs), refs(self.other.inputs), strict=False):
+            if self.fits(mine.call, theirs.call):
+                self.pair(mine.call, theirs.call)
+        waiting: dict[str, list[int]] = {}
+        for number, call in enumerate(self.other.calls):
+            if call.arguments is not None:
+                waiting.setdefault(self._key(self.other, call, None), []).append(number)
+        for number, call in enumerate(self.first.calls):
+            key = self._key(self.first, call, self.calls) if call.arguments is not None else ""
+            fitting = [other for other in waiting.get(key, []) if self.fits(number, other)] if key else []
+            chosen = next((other for other in fitting if self._same(number, other)), None)
+            if chosen is None:
+                rest = [peer for peer in self._peers(key) if peer != number and peer not in self.calls]
+                chosen = next((o for o in fitting if not any(self._same(peer, o) for peer in rest)), None)
+            if chosen is not None:
+                self.pair(number, chosen)
+
+    def _peers(self, key: str) -> list[int]:
+        return [
+            number
+            for number, call in enumerate(self.first.calls)
+            if call.arguments is not None and self._key(self.first, call, self.calls) == key
+        ]
+
+    def _same(self, call: int, other_call: int) -> bool:
+        return (
+            self.first_plain[self.first.calls[call].layer] == self.other_plain[self.other.calls[other_call].layer]
+        )
+
+    @staticmethod
+    def _key(graph: Graph, call: Call, moved: Mapping[int, int] | None) -> str:
+        """Class and tensors of a call, in the numbers of the other graph; "" where a tensor has no counterpart."""
+        places = []
+        for ref in refs(call.arguments):
+            if moved is not None and ref.call not in moved:
+                return ""
+            places.append([moved[ref.call] if moved is not None else ref.call, ref.output])
+        return canonical([graph.layers[call.layer].class_name, places])
+
+    def backward(self) -> None:
+        waiting = list(_pairs(self.first.outputs, self.other.outputs))
+        seen: set[tuple[int, int]] = set()
+        while waiting:
+            mine, theirs = waiting.pop(0)
+            if (mine.call, theirs.call) in seen or mine.output != theirs.output:
+                continue
+            seen.add((mine.call, theirs.call))
+            if self.calls.get(mine.call) != theirs.call:
+                if not self.fits(mine.call, theirs.call):
+                    continue
+                self.pair(mine.call, theirs.call)
+            before = refs(self.first.calls[mine.call].arguments)
+            behind = refs(self.other.calls[theirs.call].arguments)
+            if len(before) == len(behind):
+                waiting.extend(zip(before, behind, strict=True))
+
+
+def _pairs(first: Any, second: Any) -> Iterator[tuple[Ref, Ref]]:
+    if isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys():
+        for key in sorted(first):
+            yield from _pairs(first[key], second[key])
+    else:
+        yield from zip(flatten(first), flatten(second), strict=False)
+
+
+def layer_difference(first: Source, other: Source, found: Match, layer: int) -> Difference | None:
+    """What forbids a layer of `first` to be shared with its counterpart in `other`; None if nothing does.
+
+    Compared: shapes of the weights, configuration apart from names and bookkeeping, what the layer is called with, and
+    state that was adapted to data.
+    """
+    one, two = _graph(first), _graph(other)
+    mine = one.layers[layer]
+    if layer not in found.layers:
+        return Difference("its place", f"layer {layer + 1}, a {mine.class_name}", None, "place")
+    number = found.layers[layer]
+    theirs = two.layers[number]
+    if mine.is_input:
+        return _input_difference(mine.config, theirs.config, input_shape(mine), input_shape(theirs))
+    shapes = _shape_difference(first.states[layer], other.states[number])
+    if shapes:
+        return shapes
+    config = difference(comparable(mine.config), comparable(theirs.config))
+    if config:
+        return Difference(config[0], config[1], config[2], "configuration")
+    for call in one.calls_of(layer):
+        if call not in found.calls:
+            return Difference("the number of its calls", len(one.calls_of(layer)), len(two.calls_of(number)), "call")
+        arguments = _plain_arguments(one.calls[call].arguments)
+        others = _plain_arguments(two.calls[found.calls[call]].arguments)
+        if canonical(arguments) != canonical(others):
+            found_difference = difference(arguments, others) or ("its call", arguments, others)
+            return Difference("the call's " + found_difference[0], found_difference[1], found_difference[2], "call")
+    if len(one.calls_of(layer)) != len(two.calls_of(number)):
+        return Difference("the number of its calls", len(one.calls_of(layer)), len(two.calls_of(number)), "call")
+    if mine.class_name in LEARNED_STATE:
+        return _state_difference(first.states[layer], other.states[number])
+    return None
+
+
+def _plain_arguments(arguments: Any) -> Any:
+    """Arguments without tensors and without keywords that are not set."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: strip(item) for key, item in value.items() if item is not None and key != "name"}
+        if isinstance(value, list):
+            return [strip(item) for item in value]
+        return value
+
+    return strip(substitute(arguments, lambda ref: f"tensor {ref.output}"))
+
+
+def _input_difference(
+    first: Mapping[str, Any], second: Mapping[str, Any], one: Sequence[int | None] | None, two: Sequence[int | None] | None
+) -> Difference | None:
+    if one is not None and two is not None and tuple(one[1:]) != tuple(two[1:]):
+        return Difference("the input's shape", tuple(one), tuple(two), "shape")
+    if policy_name(first.get("dtype")) != policy_name(second.get("dtype")):
+        return Difference("the input's dtype", policy_name(first.get("dtype")), policy_name(second.get("dtype")), "shape")
+    return None
+
+
+def _shape_difference(first: State, second: State) -> Difference | None:
+    for mine, theirs in zip(first.weights, second.weights, strict=False):
+        if mine.tensor.shape != theirs.tensor.shape:
+            return Difference(mine.name, mine.tensor.shape, theirs.tensor.shape, "shape")
+    if len(first.weights) != len(second.weights):
+        return Difference("the number of its weights", len(first.weights), len(second.weights), "shape")
+    return None
+
+
+def _state_difference(first: State, second: State) -> Difference | None:
+    for mine, theirs in zip(first.weights, second.weights, strict=True):
+        one, two = mine.tensor.read(), theirs.tensor.read()
+        if not np.array_equal(one, two):
+            return Difference(mine.name, _sample(one, one != two), _sample(two, one != two), "state")
+    for name in sorted(first.assets.keys() | second.assets.keys()):
+        mine_asset, their_asset = first.assets.get(name), second.assets.get(name)
+        if mine_asset is None or their_asset is None or mine_asset.read() != their_asset.read():
+            sizes = [0 if asset is None else asset.size for asset in (mine_asset, their_asset)]
+            return Difference(name.rsplit("/", 1)[-1], f"{sizes[0]} bytes", f"{sizes[1]} other bytes", "state")
+    return None
+
+
+def _sample(values: np.ndarray[Any, Any], differing: np.ndarray[Any, Any]) -> float:
+    value = float(np.ravel(values)[int(np.argmax(np.ravel(differing)))])
+    return value if math.isfinite(value) else math.nan

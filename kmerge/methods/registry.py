@@ -1,0 +1,106 @@
+"""The registry of merge methods: a method is a pure function of a stack of arrays, with what it declares about itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kmerge.errors import MethodError
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to merge.
+
+    Attributes:
+        name: what users call it.
+        function: takes `stack` (n, *shape), keyword `weights` (n,) summing to 1, and its options.
+        summary: one sentence.
+        scope: "element": every entry by itself, so tensors are merged block by block.
+        needs: what it needs beside the stack.
+        options: name of each option to its default.
+        paper: where it comes from.
+        related_only: whether it is worthless on sources without a common ancestor.
+    """
+
+    name: str
+    function: Callable[..., Array]
+    summary: str
+    scope: str = "element"
+    needs: frozenset[str] = frozenset()
+    options: Mapping[str, Any] = field(default_factory=dict)
+    paper: str = ""
+    related_only: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "summary": self.summary,
+            "scope": self.scope,
+            "needs": sorted(self.needs),
+            "options": dict(self.options),
+            "source": self.paper,
+            "for_related_sources_only": self.related_only,
+            "description": inspect.getdoc(self.function) or "",
+        }
+
+
+METHODS: dict[str, Method] = {}
+
+
+def method(
+    name: str, *, paper: str, scope: str = "element", needs: frozenset[str] = frozenset(), related_only: bool = True
+) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
+    """Register a function as a merge method; its keyword arguments beyond `weights` and `labels` are its options."""
+
+    def register(function: Callable[..., Array]) -> Callable[..., Array]:
+        options = {
+            key: parameter.default
+            for key, parameter in inspect.signature(function).parameters.items()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY and key not in ("weights", "labels", *needs)
+        }
+        summary = (inspect.getdoc(function) or "").split("\n", 1)[0]
+        METHODS[name] = Method(name, function, summary, scope, needs, options, paper, related_only)
+        return function
+
+    return register
+
+
+def get_method(name: str) -> Method:
+    """The method of that name.
+
+    Raises:
+        MethodError: if there is none.
+    """
+    if name not in METHODS:
+        raise MethodError(f"There is no method '{name}': choose one of {', '.join(sorted(METHODS))}, or auto.")
+    return METHODS[name]
+
+
+def normalise_weights(weights: Any, count: int) -> NDArray[np.float64]:
+    """Importance per source as shares that sum to 1.
+
+    Args:
+        weights: one non-negative number per source, or None for equal ones.
+        count: number of sources.
+
+    Raises:
+        MethodError: if there are too many or too few, or one is negative or not a number, or all are zero.
+    """
+    if weights is None:
+        return np.full(count, 1.0 / count)
+    values = np.asarray(list(weights), dtype=np.float64)
+    if values.shape != (count,):
+        raise MethodError(f"There are {values.size} weights for {count} sources: give one number per source.")
+    if not np.all(np.isfinite(values)) or np.any(values < 0) or values.sum() <= 0:
+        raise MethodError(
+            f"The weights are {', '.join(f'{value:g}' for value in values)}: give numbers of at least 0, not all 0."
+        )
+    return values / values.sum()

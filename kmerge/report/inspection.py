@@ -1,0 +1,172 @@
+"""What is in a file, as data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kmerge.dialects.reading import Dialect
+from kmerge.dialects.vocabulary import WeightKind, is_quantized
+from kmerge.graph import flatten, refs
+from kmerge.report.facts import graph_size
+from kmerge.shapes import infer_shapes
+from kmerge.source import Source, is_parameter
+
+RUNS_CODE = {
+    "Lambda": "holds Python bytecode",
+    "TFSMLayer": "runs a TensorFlow SavedModel from disk",
+    "TorchModuleWrapper": "holds a pickled PyTorch module",
+}
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One layer of a file.
+
+    Attributes:
+        name, class_name: as in the file.
+        origin: names of the nested models that hold it, joined by "/"; "" at the top.
+        output: shape of its first output, batch first; None where it cannot be told.
+        weights: name to shape.
+        parameters: entries of its weights.
+        inputs: the layers that it reads.
+        role: shared or private, and of which source, in a file that kmerge merged; "" elsewhere.
+        trainable: as saved.
+    """
+
+    name: str
+    class_name: str
+    origin: str
+    output: tuple[int | None, ...] | None
+    weights: Mapping[str, tuple[int, ...]]
+    parameters: int
+    inputs: tuple[str, ...]
+    role: str
+    trainable: bool
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `kmerge inspect` shows."""
+
+    name: str
+    kind: str
+    writer: str
+    size: int
+    parameters: int
+    multiply_adds: int | None
+    inputs: Mapping[str, tuple[int | None, ...] | None]
+    outputs: Mapping[str, tuple[int | None, ...] | None]
+    layers: tuple[LayerFacts, ...]
+    hazards: tuple[str, ...]
+    merge: Mapping[str, Any] | None = None
+    weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Weights of a file without a graph."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON, as `kmerge inspect --json` prints it."""
+        return json.loads(json.dumps({**vars(self), "layers": [vars(layer) for layer in self.layers]}))  # type: ignore[no-any-return]
+
+
+def stored_merge(source: Source) -> Mapping[str, Any] | None:
+    """What kmerge left in a file that it wrote: its version and the plan; None in any other."""
+    stored = source.metadata.get("kmerge")
+    if isinstance(stored, str):
+        try:
+            stored = json.loads(stored)
+        except (ValueError, RecursionError):
+            return None
+    return stored if isinstance(stored, Mapping) and isinstance(stored.get("plan"), Mapping) else None
+
+
+def inspect_source(source: Source) -> Inspection:
+    """Facts of an opened file; no weight is read."""
+    merge = stored_merge(source)
+    graph = source.graph
+    writer = f"Keras {source.version}" if source.version else "unknown"
+    if source.backend:
+        writer += f" ({source.backend})"
+    common: dict[str, Any] = {
+        "name": source.name,
+        "kind": _KINDS[source.kind.value],
+        "writer": writer,
+        "size": source.size,
+        "parameters": source.num_parameters,
+        "hazards": tuple(_hazards(source)),
+        "merge": merge,
+    }
+    if graph is None:
+        shapes = {weight.key: weight.tensor.shape for state in source.states for weight in state.weights}
+        return Inspection(**common, multiply_adds=None, inputs={}, outputs={}, layers=(), weights=shapes)
+    known = infer_shapes(graph)
+    roles = _roles(merge)
+    layers = []
+    for number, layer in enumerate(graph.layers):
+        calls = graph.calls_of(number)
+        reads = dict.fromkeys(graph.layer_of(ref).name for call in calls for ref in refs(graph.calls[call].arguments))
+        weights = {weight.name: weight.tensor.shape for weight in source.states[number].weights}
+        first = next((ref for ref in known if calls and ref.call == calls[0] and ref.output == 0), None)
+        layers.append(
+            LayerFacts(
+                name=layer.name,
+                class_name=layer.class_name,
+                origin="/".join(layer.origin),
+                output=known[first] if first is not None else None,
+                weights=weights,
+                parameters=sum(w.tensor.size for w in source.states[number].weights if is_parameter(w)),
+                inputs=tuple(reads),
+                role=roles(layer.name),
+                trainable=layer.config.get("trainable") is not False,
+            )
+        )
+    inputs = {graph.layer_of(ref).name: known.get(ref) for ref in refs(graph.inputs)}
+    if isinstance(graph.outputs, dict):
+        outputs = {str(key): known.get(ref) for key in graph.outputs for ref in flatten(graph.outputs[key])}
+    else:
+        outputs = {graph.layer_of(ref).name: known.get(ref) for ref in flatten(graph.outputs)}
+    macs = graph_size(graph, source.states).multiply_adds
+    return Inspection(**common, multiply_adds=macs, inputs=inputs, outputs=outputs, layers=tuple(layers))
+
+
+_KINDS = {
+    "h5": "whole model, HDF5 (.h5)",
+    "h5_weights": "weights only, old HDF5",
+    "weights": "weights only, Keras 3 (.weights.h5)",
+    "keras": "whole model, Keras 3 (.keras)",
+    "folder": "whole model, Keras 3, unzipped",
+    "shards": "weights only, Keras 3, sharded (.weights.json)",
+}
+
+
+def _roles(merge: Mapping[str, Any] | None) -> Any:
+    """Role of a layer by its name in the merged model."""
+    if merge is None:
+        return lambda name: ""
+    stored = merge.get("layers")
+    known = stored if isinstance(stored, Mapping) else {}
+    return lambda name: str(known.get(name, ""))
+
+
+def _hazards(source: Source) -> list[str]:
+    """What may surprise somebody who loads the file or merges it."""
+    found = list(source.warnings)
+    if source.graph is None:
+        return found
+    for layer, state in zip(source.graph.layers, source.states, strict=True):
+        where = f"'{layer.name}' ({layer.class_name})"
+        if layer.class_name in RUNS_CODE:
+            found.append(f"{where} {RUNS_CODE[layer.class_name]}: kmerge carries it along and never runs it")
+        elif source.dialect is Dialect.KERAS3 and _is_custom(layer.entry):
+            found.append(f"{where} is a custom layer: whoever loads the file needs its class")
+        if is_quantized(layer.config):
+            found.append(f"{where} is quantised: its weights can be taken from one source, not averaged")
+        if any(weight.kind is WeightKind.LEARNED for weight in state.weights):
+            found.append(f"{where} holds state adapted to data: shared only where it is equal")
+    return found
+
+
+def _is_custom(entry: Mapping[str, Any]) -> bool:
+    module = str(entry.get("module") or "")
+    return not module.startswith("keras") or (entry.get("registered_name") or "").find(">") >= 0

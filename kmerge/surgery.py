@@ -1,0 +1,352 @@
+"""n graphs and a plan to one graph, and for each of its layers where its weights come from.
+
+One rule decides everything: a call of the same layer on the same tensors happens once.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kmerge.dialects.reading import Dialect
+from kmerge.dialects.writing import knows_dictionaries
+from kmerge.errors import PlanError
+from kmerge.graph import Call, Graph, Layer, Ref, Structure, canonical, flatten, refs, sort_calls, substitute
+from kmerge.plan import Layout, Plan, Role, is_plain, source_graph
+from kmerge.shapes import infer_shapes
+
+
+@dataclass(frozen=True)
+class MergedLayer:
+    """Where one layer of the merged graph comes from.
+
+    Attributes:
+        role: shared or private.
+        members: (source, layer) numbers; one for a private layer, one per source for a shared one, none for a layer
+            that the merge itself adds.
+        method, options: how shared weights are merged.
+    """
+
+    role: Role
+    members: tuple[tuple[int, int], ...]
+    method: str = ""
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The merged graph, with one `MergedLayer` per layer of it."""
+
+    graph: Graph
+    layers: tuple[MergedLayer, ...]
+    heads: dict[str, tuple[str, ...]]
+    """Names of each source's outputs in the merged model, by label; one name for all where the sources became one."""
+
+
+_Key = tuple[Any, ...]
+
+
+def merge_graphs(layout: Layout, plan: Plan) -> Merged:
+    """Build the merged graph.
+
+    Args:
+        layout: the sources, laid over the first.
+        plan: roles per layer.
+
+    Raises:
+        PlanError: if the heads cannot be joined as asked.
+    """
+    return _Surgeon(layout, plan).run()
+
+
+class _Surgeon:
+    def __init__(self, layout: Layout, plan: Plan) -> None:
+        self.layout, self.plan = layout, plan
+        self.calls: list[Call] = []
+        self.layers: list[Layer] = []
+        self.origins: list[MergedLayer] = []
+        self.keys: dict[_Key, int] = {}
+        self.known: dict[str, int] = {}
+        first = source_graph(layout.first)
+        by_name = {layer.layers[0]: layer for layer in plan.layers if layer.layers[0] is not None}
+        self.planned = [by_name[layer.name] for layer in first.layers]
+
+    def run(self) -> Merged:
+        made = [self._add_source(number) for number in range(len(self.layout.sources))]
+        inputs = self._inputs([inputs for inputs, _ in made])
+        outputs, heads = self._outputs([outputs for _, outputs in made])
+        graph = self._named(Graph(source_graph(self.layout.first).name, (), tuple(self.calls), inputs, outputs), heads)
+        graph = _with_shapes(sort_calls(graph))
+        return Merged(graph, tuple(self.origins), {label: tuple(names) for label, names in heads.items()})
+
+    def _add_source(self, number: int) -> tuple[Structure, Structure]:
+        """Adds the calls of one source; returns its inputs and outputs in the merged graph."""
+        source = self.layout.sources[number]
+        graph = source_graph(source)
+        position = {theirs: mine for mine, theirs in self.layout.matches[number].layers.items()}
+        moved: dict[int, int] = {}
+
+        def move(ref: Ref) -> Ref:
+            return ref.moved(moved[ref.call])
+
+        for index, call in enumerate(graph.calls):
+            place = position.get(call.layer)
+            arguments = substitute(call.arguments, move)
+            shared = place is not None and self.planned[place].role == "shared"
+            if shared and not graph.layers[call.layer].is_input and is_plain(source, call.layer):
+                shared = all(self._is_shared(ref) for ref in refs(arguments))
+            moved[index] = self._call(self._layer(number, call.layer, place if shared else None), arguments)
+        return substitute(graph.inputs, move), substitute(graph.outputs, move)
+
+    def _is_shared(self, ref: Ref) -> bool:
+        layer = self.calls[ref.call].layer
+        return self.origins[layer].role == "shared" or self.layers[layer].is_input
+
+    def _layer(self, source: int, layer: int, place: int | None) -> int:
+        key: _Key = ("shared", place) if place is not None else ("private", source, layer)
+        if key not in self.keys:
+            self.keys[key] = len(self.layers)
+            own = source_graph(self.layout.sources[source]).layers[layer]
+            if place is None:
+                self.origins.append(MergedLayer("private", ((source, layer),)))
+            else:
+                planned = self.planned[place]
+                options = tuple(sorted(planned.options.items()))
+                members = tuple((n, found.layers[place]) for n, found in enumerate(self.layout.matches))
+                self.origins.append(MergedLayer("shared", members, planned.method, options))
+                own = source_graph(self.layout.first).layers[place]
+                if self.plan.freeze:
+                    own = frozen(own)
+            self.layers.append(own)
+        return self.keys[key]
+
+    def _call(self, layer: int, arguments: Any) -> int:
+        key = canonical([layer, _without_nulls(arguments)])
+        if key not in self.known:
+            self.known[key] = len(self.calls)
+            self.calls.append(Call(layer, arguments))
+        return self.known[key]
+
+    def _add_layer(self, layer: Layer, arguments: Any) -> Ref:
+        self.layers.append(layer)
+        self.origins.append(MergedLayer("shared", ()))
+        return Ref(self._call(len(self.layers) - 1, arguments))
+
+    # ------------------------------------------------------------------------------------------ inputs, outputs
+
+    def _inputs(self, made: Sequence[Structure]) -> Structure:
+        if self.plan.inputs == "shared":
+            return made[0]
+        if all(isinstance(structure, dict) for structure in made):
+            return {
+                f"{label_name(label)}_{key}": structure[key]
+                for label, structure in zip(self.plan.labels, made, strict=True)
+                for key in structure
+            }
+        return [ref for structure in made for ref in flatten(structure)]
+
+    def _outputs(self, made: Sequence[Structure]) -> tuple[Structure, dict[str, list[str]]]:
+        labels = self.plan.labels
+        flat = [flatten(structure) for structure in made]
+        if all(tensors == flat[0] for tensors in flat):
+            names = self._output_names(0)
+            return made[0], {label: names for label in labels}
+        if self.plan.outputs == "mean":
+            return self._mean(made[0], flat)
+        heads = {
+            label: [label] if len(tensors) == 1 else _told_apart([f"{label}_{name}" for name in self._output_names(number)])
+            for number, (label, tensors) in enumerate(zip(labels, flat, strict=True))
+        }
+        clash = _first_repeated([name for names in heads.values() for name in names])
+        if clash:
+            raise PlanError(f"Two outputs would be called '{clash}': choose other --labels.")
+        first = self.layout.first
+        dictionary = self.plan.outputs == "heads" and knows_dictionaries(first.dialect or Dialect.KERAS3, first.version)
+        if not dictionary:
+            return [ref for tensors in flat for ref in tensors], heads
+        return {
+            name: ref
+            for label, tensors in zip(labels, flat, strict=True)
+            for name, ref in zip(heads[label], tensors, strict=True)
+        }, heads
+
+    def _output_names(self, number: int) -> list[str]:
+        """A source's own names for its outputs: keys of its dictionary, else the layers that make them."""
+        graph = source_graph(self.layout.sources[number])
+        if isinstance(graph.outputs, dict):
+            return [str(key) for key in sorted(graph.outputs) for _ in flatten(graph.outputs[key])]
+        return [graph.layer_of(ref).name for ref in flatten(graph.outputs)]
+
+    def _mean(self, structure: Structure, flat: Sequence[list[Ref]]) -> tuple[Structure, dict[str, list[str]]]:
+        """One output in the place of the first source's: the (weighted) average of all heads."""
+        dialect = self.layout.first.dialect or Dialect.KERAS3
+        names = self._output_names(0)
+        means: list[Ref] = []
+        for place, name in enumerate(names):
+            tensors = [tensors[place] for tensors in flat]
+            means.append(self._average(tensors, name, dialect))
+        replaced = iter(means)
+        # A dictionary's leaves are visited by sorted key, as `flatten` gives them.
+        return _refill(structure, lambda: next(replaced)), {label: names for label in self.plan.labels}
+
+    def _average(self, tensors: Sequence[Ref], name: str, dialect: Dialect) -> Ref:
+        weights = self.plan.weights
+        if len(set(weights)) == 1:
+            return self._add_layer(_plain_layer("Average", name, {}, dialect), _merging(tensors, dialect))
+        scaled = []
+        for number, (tensor, weight) in enumerate(zip(tensors, weights, strict=True)):
+            if weight > 0:
+                layer = _plain_layer("Rescaling", f"{name}_share_{number + 1}", {"scale": weight, "offset": 0.0}, dialect)
+                scaled.append(self._add_layer(layer, _merging([tensor], dialect)))
+        if len(scaled) == 1:
+            return scaled[0]
+        return self._add_layer(_plain_layer("Add", name, {}, dialect), _merging(scaled, dialect))
+
+    # ---------------------------------------------------------------------------------------------------- names
+
+    def _named(self, graph: Graph, heads: dict[str, list[str]]) -> Graph:
+        """Names without collision: heads after their labels, trunk as in the first source, private ones prefixed."""
+        makers = self._makers(graph, heads)
+        names: dict[int, str] = {}
+        taken: set[str] = set()
+
+        def take(layer: int, wanted: str) -> None:
+            candidate, number = wanted, 1
+            while candidate in taken:
+                number += 1
+                candidate = f"{wanted}_{number}"
+            taken.add(candidate)
+            names[layer] = candidate
+
+        for layer, name in makers.items():
+            take(layer, name)
+        for private in (False, True):
+            for layer, origin in enumerate(self.origins):
+                if layer not in names and (origin.role == "private") is private:
+                    own = self.layers[layer].name
+                    if private:
+                        own = f"{label_name(self.plan.labels[origin.members[0][0]])}_{own}"
+                    take(layer, own)
+        objects: dict[Any, int] = {}
+        layers = [
+            _rename(layer, names[number], origin, objects)
+            for number, (layer, origin) in enumerate(zip(self.layers, self.origins, strict=True))
+        ]
+        return replace(graph, layers=tuple(layers))
+
+    def _makers(self, graph: Graph, heads: dict[str, list[str]]) -> dict[int, str]:
+        """Layers that make a head's output and can be named after it: private ones, and averages."""
+        makers: dict[int, str] = {}
+        if self.plan.outputs == "mean" and all(not self.origins[graph.calls[r.call].layer].members for r in refs(graph.outputs)):
+            for ref in refs(graph.outputs):
+                makers.setdefault(graph.calls[ref.call].layer, self.layers[graph.calls[ref.call].layer].name)
+            return makers
+        if isinstance(graph.outputs, dict):
+            pairs = [(name, ref) for names in heads.values() for name in names if (ref := graph.outputs.get(name))]
+        else:
+            names = [name for label in heads for name in heads[label]]
+            pairs = list(zip(names, flatten(graph.outputs), strict=False))
+        for name, ref in pairs:
+            layer = graph.calls[ref.call].layer
+            if self.origins[layer].role == "private":
+                makers.setdefault(layer, label_name(name))
+        return makers
+
+
+def label_name(label: str) -> str:
+    """A label as part of a layer's name: TensorFlow allows letters without accents, digits, `_`, `.` and `-` only."""
+    plain = unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode()
+    plain = re.sub(r"[^A-Za-z0-9_.\-]+", "_", plain).strip("_")
+    return plain if re.match(r"[A-Za-z0-9.]", plain) else f"source_{plain}".rstrip("_")
+
+
+def frozen(layer: Layer) -> Layer:
+    """The layer with `trainable` false, and the layers inside it."""
+
+    def freeze(value: Any) -> Any:
+        if isinstance(value, dict):
+            inner = {key: freeze(item) for key, item in value.items()}
+            return {**inner, "trainable": False} if "trainable" in inner else inner
+        if isinstance(value, list):
+            return [freeze(item) for item in value]
+        return value
+
+    return replace(layer, config=freeze(dict(layer.config)))
+
+
+def _rename(layer: Layer, name: str, origin: MergedLayer, objects: dict[Any, int]) -> Layer:
+    """The layer under a new name, with object numbers that cannot meet those of another source's file."""
+    source = origin.members[0][0] if origin.members else 0
+
+    def renumber(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {
+                key: objects.setdefault((source, item), len(objects) + 1) if key == "shared_object_id" else renumber(item)
+                for key, item in value.items()
+            }
+        if isinstance(value, list):
+            return [renumber(item) for item in value]
+        return value
+
+    return replace(layer, name=name, config=renumber(dict(layer.config)), entry=renumber(dict(layer.entry)))
+
+
+def _plain_layer(class_name: str, name: str, settings: dict[str, Any], dialect: Dialect) -> Layer:
+    entry = {"module": "keras.layers", "registered_name": None} if dialect is Dialect.KERAS3 else {}
+    config = {"name": name, "trainable": True, "dtype": "float32", **settings}
+    return Layer(name, class_name, config, entry)
+
+
+def _merging(tensors: Sequence[Ref], dialect: Dialect) -> Any:
+    """Arguments of a layer that takes one tensor, or a list of several."""
+    if dialect is Dialect.KERAS2:
+        return [[tensor, {}] for tensor in tensors]
+    return {"args": [list(tensors) if len(tensors) > 1 else tensors[0]], "kwargs": {}}
+
+
+def _refill(structure: Structure, next_ref: Callable[[], Ref]) -> Structure:
+    if isinstance(structure, dict):
+        filled = {key: _refill(structure[key], next_ref) for key in sorted(structure)}
+        return {key: filled[key] for key in structure}
+    if isinstance(structure, list):
+        return [_refill(item, next_ref) for item in structure]
+    return next_ref()
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+def _told_apart(names: Sequence[str]) -> list[str]:
+    result: list[str] = []
+    for name in names:
+        candidate, number = name, 1
+        while candidate in result:
+            number += 1
+            candidate = f"{name}_{number}"
+        result.append(candidate)
+    return result
+
+
+def _first_repeated(names: Sequence[str]) -> str:
+    return next((name for index, name in enumerate(names) if name in names[:index]), "")
+
+
+def _with_shapes(graph: Graph) -> Graph:
+    """Shapes on the tensors that have none, as far as they can be inferred."""
+    if all(ref.shape is not None for call in graph.calls for ref in refs(call.arguments)):
+        return graph
+    shapes = infer_shapes(graph)
+
+    def fill(ref: Ref) -> Ref:
+        return ref if ref.shape is not None else replace(ref, shape=shapes.get(Ref(ref.call, ref.output)))
+
+    calls = tuple(Call(call.layer, substitute(call.arguments, fill)) for call in graph.calls)
+    return replace(graph, calls=calls)
