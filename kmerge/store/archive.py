@@ -11,9 +11,10 @@ from typing import Any
 
 from kmerge.errors import FormatError, UnsafeFileError
 from kmerge.store import limits
-from kmerge.store.hdf5 import Hdf5Weights, Weights
+from kmerge.store.hdf5 import Hdf5Weights
 from kmerge.store.rawio import Descriptor, open_regular, write_at
 from kmerge.store.shards import open_map
+from kmerge.store.weights import Weights
 from kmerge.store.zipread import Entry, read_directory
 
 METADATA, CONFIG, WEIGHTS, SHARD_MAP = "metadata.json", "config.json", "model.weights.h5", "model.weights.json"
@@ -78,7 +79,7 @@ def open_archive(path: str | Path) -> Archive:
         FormatError: if it is neither, or a part is missing or damaged.
     """
     path = Path(path)
-    return _open_folder(path) if path.is_dir() else _open_zip(path)
+    return _open_folder(path) if os.path.isdir(path) else _open_zip(path)
 
 
 def _object(data: bytes, what: str) -> dict[str, Any]:

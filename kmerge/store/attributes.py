@@ -1,6 +1,6 @@
 """Attributes of HDF5 groups and tensors: decoded under limits, encoded as Keras and h5py would."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import h5py
@@ -16,14 +16,14 @@ HEADER_LIMIT = 64_512  # Keras splits lists of names above this many bytes
 
 
 def read_attributes(
-    loc: h5py.h5g.GroupID | h5py.h5d.DatasetID, where: str, file_size: int
+    loc: h5py.h5g.GroupID | h5py.h5d.DatasetID, where: str, longest: Callable[[], int]
 ) -> dict[str, AttributeValue]:
     """Decode all attributes of an object; bytes become str, arrays lists.
 
     Args:
         loc: the object.
         where: file and object, for messages.
-        file_size: bytes of the file, which bounds what variable-length strings can hold.
+        longest: gives a bound of the bytes of a variable-length string of the file; asked only for lists of such.
 
     Returns:
         Values by name, in order of names.
@@ -37,10 +37,10 @@ def read_attributes(
         raise UnsafeFileError(f"{where} has {count:,} attributes; a model needs a handful. Re-save it with Keras.")
     names: list[bytes] = []
     h5a.iterate(loc, names.append)
-    return {text(name): _read(h5a.open(loc, name), f"{where}: attribute {text(name)!r}", file_size) for name in names}
+    return {text(name): _read(h5a.open(loc, name), f"{where}: attribute {text(name)!r}", longest) for name in names}
 
 
-def _read(aid: h5a.AttrID, where: str, file_size: int) -> AttributeValue:
+def _read(aid: h5a.AttrID, where: str, longest: Callable[[], int]) -> AttributeValue:
     tid, space = aid.get_type(), aid.get_space()
     kind = tid.get_class()
     if kind == h5t.REFERENCE:
@@ -57,9 +57,9 @@ def _read(aid: h5a.AttrID, where: str, file_size: int) -> AttributeValue:
             "Check where this file comes from."
         )
     variable = kind == h5t.STRING and tid.is_variable_str()
-    if variable and points > 1 and points * file_size > limits.STRINGS_BYTES:
+    if variable and points > 1 and points * longest() > limits.STRINGS_BYTES:
         raise UnsafeFileError(
-            f"{where} is a list of {points:,} strings that could claim {limits.human(points * file_size)}. "
+            f"{where} is a list of {points:,} strings that could claim {limits.human(points * longest())}. "
             "Re-save the file with Keras, which stores such lists in a safe way."
         )
     if kind != h5t.STRING and tid.dtype.itemsize > 8:

@@ -52,9 +52,10 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     if name in PLAIN:
         return np.dtype(name)
     if name in EXTENDED:
-        import ml_dtypes  # not everybody has it, and few files need it
+        import ml_dtypes  # few files need it
 
-        return np.dtype(getattr(ml_dtypes, name))
+        extended: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+        return extended
     if name.startswith("void") and name[4:].isdigit() and int(name[4:]):
         return np.dtype(f"V{int(name[4:])}")
     raise FormatError(f"{name!r} is no type of numbers that kmerge knows; these are {', '.join((*PLAIN, *EXTENDED))}.")

@@ -1,11 +1,12 @@
 """The complete layout of an HDF5 file to be written, and its skeleton: everything but the numbers, whose places are then known."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import h5py
 import numpy as np
-from h5py import h5d, h5f, h5g, h5p, h5s
+from h5py import h5d, h5g, h5p, h5s, h5t
 
 from kmerge.errors import MergeError
 from kmerge.store.attributes import AttributeValue, write_attributes
@@ -73,15 +74,15 @@ def build_skeleton(window: Window, layout: Layout) -> dict[str, int]:
     try:
         offsets = _fill(file["/"].id, layout)
     except OSError:
-        _discard(file)
+        _discard(file, window)
         raise
     except (RuntimeError, ValueError, KeyError) as error:
-        _discard(file)
+        _discard(file, window)
         if window.error:
             raise window.error from None
         raise MergeError(f"the layout cannot be written as HDF5: {error}") from error
     except BaseException:
-        _discard(file)
+        _discard(file, window)
         raise
     try:
         file.close()
@@ -89,6 +90,8 @@ def build_skeleton(window: Window, layout: Layout) -> dict[str, int]:
         if window.error:
             raise window.error from None
         raise
+    finally:
+        window.release()
     if window.error:
         raise window.error
     return offsets
@@ -102,12 +105,11 @@ def add_root_attributes(window: Window, attributes: Mapping[str, AttributeValue]
         raise window.error
 
 
-def _discard(file: h5py.File) -> None:
+def _discard(file: h5py.File, window: Window) -> None:
     """Close a file that is to be thrown away, whatever HDF5 says about it."""
-    try:
+    window.release()
+    with suppress(Exception):  # the first error counts
         file.close()
-    except Exception:  # the first error counts
-        h5f.get_obj_count(h5f.OBJ_ALL, h5f.OBJ_FILE)
 
 
 def _fill(root: h5g.GroupID, layout: Layout) -> dict[str, int]:
@@ -116,11 +118,14 @@ def _fill(root: h5g.GroupID, layout: Layout) -> dict[str, int]:
     plist.set_layout(h5d.CONTIGUOUS)
     plist.set_alloc_time(h5d.ALLOC_TIME_EARLY)
     plist.set_fill_time(h5d.FILL_TIME_NEVER)
+    plist.set_obj_track_times(False)  # equal content, equal bytes
+    links = h5p.create(h5p.LINK_CREATE)
+    links.set_char_encoding(h5t.CSET_UTF8)
 
     def group(path: str) -> h5g.GroupID:
         if path not in made:
             parent, _, name = path.rpartition("/")
-            made[path] = h5g.create(group(parent), _name(name, path))
+            made[path] = h5g.create(group(parent), _name(name, path), links)
         return made[path]
 
     types = {dtype: stored_type(dtype) for dtype in {spec.dtype for spec in layout.tensors.values()}}
@@ -133,7 +138,7 @@ def _fill(root: h5g.GroupID, layout: Layout) -> dict[str, int]:
         parent, _, name = path.rpartition("/")
         shape = tuple(int(length) for length in spec.shape)
         space = h5s.create_simple(shape) if shape else h5s.create(h5s.SCALAR)
-        dataset = h5d.create(group(parent), _name(name, path), types[spec.dtype], space, plist)
+        dataset = h5d.create(group(parent), _name(name, path), types[spec.dtype], space, plist, links)
         attributes = dict(spec.attributes)
         if spec.dtype in EXTENDED:
             attributes.setdefault("dtype", spec.dtype)

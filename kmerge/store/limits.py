@@ -19,12 +19,13 @@ JSON_CONTAINERS = 2_000_000
 JSON_VALUES = 16_000_000
 
 GROUP_DEPTH = 64  # groups within groups
-OBJECTS = 1_000_000  # groups and tensors of one tree
+OBJECTS = 250_000  # groups and tensors of one tree
 RANK = 32
 ATTRIBUTES = 10_000  # of one group or tensor
 ATTRIBUTE_BYTES = 64 * MIB
-STRINGS_BYTES = 4 * GIB  # worst case of an attribute that is an array of variable-length strings
+STRINGS_BYTES = 2 * GIB  # worst case of an attribute that is an array of variable-length strings
 CHUNK_BYTES = 64 * MIB
+ODD_CHUNK_BYTES = 8 * MIB  # where the compression is not gzip, so that its true size is only known afterwards
 EXPANSION = 1_100  # of compressed data; deflate itself reaches 1,032
 EXPANSION_FLOOR = 16 * MIB  # below this many bytes no ratio is asked
 

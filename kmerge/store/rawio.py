@@ -160,6 +160,11 @@ class Window:
     def __init__(self, fd: int, start: int, size: int, writable: bool = False) -> None:
         self._fd, self._start, self._size, self._writable, self._position = fd, start, size, writable, 0
         self.error: OSError | None = None  # what a write failed with: HDF5 forgets it
+        self._released = False
+
+    def release(self) -> None:
+        """Touch the descriptor no more: HDF5 may flush a file it failed to close when its number is another file's."""
+        self._released = True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
@@ -171,7 +176,7 @@ class Window:
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        wanted = max(0, min(len(view), self._size - self._position))
+        wanted = 0 if self._released else max(0, min(len(view), self._size - self._position))
         done = read_at(self._fd, self._start + self._position, view[:wanted]) if wanted else 0
         if done < len(view):
             view[done:] = bytes(len(view) - done)
@@ -188,7 +193,8 @@ class Window:
             raise io.UnsupportedOperation("not writable")
         view = memoryview(data).cast("B")
         try:
-            write_at(self._fd, self._start + self._position, view)
+            if not self._released:
+                write_at(self._fd, self._start + self._position, view)
         except OSError as error:
             self.error = error
             raise
@@ -198,7 +204,7 @@ class Window:
 
     def truncate(self, size: int | None = None) -> int:
         size = self._position if size is None else size
-        if self._writable and size != self._size:
+        if self._writable and size != self._size and not self._released:
             try:
                 os.ftruncate(self._fd, self._start + size)
             except OSError as error:

@@ -7,8 +7,9 @@ from typing import TypeVar
 from kmerge.errors import FormatError, UnsafeFileError
 from kmerge.store import limits
 from kmerge.store.attributes import AttributeValue
-from kmerge.store.hdf5 import Hdf5Weights, Tree, Weights
+from kmerge.store.hdf5 import Hdf5Weights
 from kmerge.store.rawio import open_regular
+from kmerge.store.weights import Tree, Weights
 
 _Value = TypeVar("_Value")
 

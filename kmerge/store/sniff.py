@@ -48,6 +48,8 @@ def what_else(file: Descriptor) -> str:
         return "starts with nothing but zeros, like an unfinished download: get it again."
     if HDF5_SIGNATURE.startswith(head[:8]):
         return "is a truncated HDF5 file: it ends within its first bytes. Download or copy it again."
+    if head.startswith(HDF5_SIGNATURE):
+        return "is an HDF5 file; a zip was expected."
     for magic, sentence in _MAGIC:
         if head.startswith(magic):
             return sentence
@@ -63,7 +65,7 @@ def what_else(file: Descriptor) -> str:
         return f"is a Python pickle (PyTorch, joblib or scikit-learn?), which kmerge never opens since it can run code: {_RESAVE}"
     if head[:1] == b"\x08" and head[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x3a", b"\x42"):
         return f"looks like an ONNX model, which cannot be merged: {_RESAVE}"
-    if b"saved_model" in head or b"\x12\x05serve" in head or b"tensorflow" in head.lower() and not _is_text(head):
+    if b"saved_model" in head or b"\x12\x05serve" in head or (b"tensorflow" in head.lower() and not _is_text(head)):
         return f"looks like part of a TensorFlow SavedModel or checkpoint: {_RESAVE}"
     if _is_text(head):
         start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()

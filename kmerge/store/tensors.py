@@ -152,4 +152,4 @@ def cache_for(dataset: h5py.h5d.DatasetID, limit: int) -> int:
     band = itemsize * chunk[0]
     for length, piece in zip(dataset.shape[1:], chunk[1:], strict=True):
         band *= -(-length // piece) * piece
-    return min(limit, 2 * band)
+    return min(limit, 2 * int(band))

@@ -6,10 +6,12 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from kmerge.errors import FormatError, UnsafeFileError
 from kmerge.store import limits
 from kmerge.store.rawio import Descriptor, Window
+from kmerge.store.sniff import ZIP_SIGNATURES, what_else
 
 _BLOCK = 1 << 20
 _END = struct.Struct("<4s4H2LH")
@@ -98,6 +100,8 @@ def read_directory(file: Descriptor) -> dict[str, Entry]:
         FormatError: if it is no zip, or one whose end is missing.
     """
     label = file.path.name
+    if file.read(0, 4) not in ZIP_SIGNATURES:
+        raise FormatError(f"{label} {what_else(file)}")
     start = _check_end(file, label)
     try:
         with zipfile.ZipFile(Window(file.fd, 0, file.size)) as archive:
@@ -117,11 +121,9 @@ def read_directory(file: Descriptor) -> dict[str, Entry]:
         entries[entry.name] = entry
         spans.append((info.header_offset, entry.data + entry.packed, entry.name))
     spans.sort()
-    for (_, end, name), following in zip(
-        spans, [*((first, other) for first, _, other in spans[1:]), (start, "the directory")], strict=True
-    ):
-        if end > following[0]:
-            raise UnsafeFileError(f"{label}: member {name!r} overlaps {following[1]!r}; the zip is forged or damaged.")
+    for (_, end, name), (following, _, other) in pairwise([*spans, (start, start, "the directory")]):
+        if end > following:
+            raise UnsafeFileError(f"{label}: member {name!r} overlaps {other!r}: the zip is forged or damaged.")
     return entries
 
 
@@ -152,7 +154,7 @@ def _check_end(file: Descriptor, label: str) -> int:
         raise _too_many(label)
     if size > end:
         raise FormatError(f"{label} is a damaged zip: its directory lies outside of it. Get it again.")
-    return end - size
+    return int(end - size)
 
 
 def member_problem(name: str) -> str | None:
