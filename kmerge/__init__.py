@@ -1,24 +1,30 @@
 """kmerge: several separately trained Keras models of one architecture, merged into one ordinary Keras model.
 
-Importing kmerge imports no framework.
+Importing kmerge imports no framework. What it offers is loaded when it is first used, so that the command line answers
+at once.
 """
 
-from kmerge.api import combine, compare, inspect, merge_models
-from kmerge.errors import (
-    FormatError,
-    GraphError,
-    KmergeError,
-    LayoutError,
-    MergeError,
-    MethodError,
-    OutputError,
-    PlanError,
-    UnrelatedError,
-    UnsafeFileError,
-)
-from kmerge.methods import METHODS
-from kmerge.plan import Plan
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from kmerge.version import __version__
+
+if TYPE_CHECKING:
+    from kmerge.api import combine, compare, inspect, merge_models
+    from kmerge.errors import (
+        FormatError,
+        GraphError,
+        KmergeError,
+        LayoutError,
+        MergeError,
+        MethodError,
+        OutputError,
+        PlanError,
+        UnrelatedError,
+        UnsafeFileError,
+    )
+    from kmerge.methods import METHODS
+    from kmerge.plan import Plan
 
 __all__ = [
     "METHODS",
@@ -39,3 +45,21 @@ __all__ = [
     "inspect",
     "merge_models",
 ]
+
+_HOMES = {
+    **dict.fromkeys(("combine", "compare", "inspect", "merge_models"), "kmerge.api"),
+    "METHODS": "kmerge.methods",
+    "Plan": "kmerge.plan",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'kmerge' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES.get(name, "kmerge.errors")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

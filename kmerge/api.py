@@ -34,7 +34,7 @@ from kmerge.plan import (
 )
 from kmerge.progress import Progress, silent
 from kmerge.report.comparison import Comparison, compare_sources
-from kmerge.report.facts import Report, flat_sizes, merge_sizes
+from kmerge.report.facts import Report, flat_sizes, layer_sizes, merge_sizes
 from kmerge.report.inspection import Inspection, inspect_source, stored_merge
 from kmerge.similarity import Ancestry, ancestry, flat_cosines, layer_cosines
 from kmerge.source import Source, open_source, stem
@@ -357,6 +357,15 @@ class _Job:
     ancestry: Ancestry | None
     notes: tuple[str, ...] = ()
 
+    def stored(self) -> dict[str, Any]:
+        """What the result holds about how it came to be."""
+        layers: dict[str, dict[str, str]] = {}
+        if self.merged:
+            for layer, origin in zip(self.merged.graph.layers, self.merged.layers, strict=True):
+                private = {"source": self.sources[origin.members[0][0]].label} if origin.role == "private" else {}
+                layers[layer.name] = {"role": origin.role, **private}
+        return {"kmerge": __version__, "plan": self.plan.to_dict(), "layers": layers}
+
     def report(self, output: str | None, size: int, seconds: float) -> Report:
         sizes = merge_sizes(self.merged, self.sources) if self.merged else flat_sizes(self.sources)
         heads = self.merged.heads if self.merged else {}
@@ -368,6 +377,7 @@ class _Job:
             ancestry=self.ancestry,
             seconds=seconds,
             notes=self.plan.notes + self.notes,
+            layers=layer_sizes(self.plan, self.sources),
             **sizes,
         )
 
@@ -460,7 +470,7 @@ def _write(job: _Job, target: Path, work: _Workspace, force: bool, progress: Pro
     known = [source.digest for source in job.plan.sources]
 
     def stored() -> dict[str, Any]:
-        return {"kmerge": __version__, "plan": finished.plan.to_dict()}
+        return finished.stored()
 
     with _create(job.assembly, target, force, stored) as output:
         digests = merge_tensors(job.sources, job.assembly.targets, output, job.plan.weights, progress)
@@ -488,7 +498,7 @@ def _write_through_keras(job: _Job, target: Path, work: _Workspace, force: bool,
     middle = work.folder / "merged.keras"
     finished = _write(job, middle, work, True, progress)
     final = work.folder / "merged.h5"
-    text = json.dumps({"kmerge": __version__, "plan": finished.plan.to_dict()})
+    text = json.dumps(finished.stored())
     live.write_as_h5(middle, final, text)
     with temporary_file(target.absolute(), force) as fd, final.open("rb") as file:
         os.sendfile(fd, file.fileno(), 0, os.fstat(file.fileno()).st_size)

@@ -191,6 +191,7 @@ def _open_h5(path: Path, label: str, opened: ExitStack) -> Source:
         version=version,
         backend=_text(root.get("backend")) or _text(inside.get("backend")),
         model=model,
+        metadata={"kmerge": root["kmerge"]} if "kmerge" in root else {},
         training=read_json(training.encode(), "training_config") if isinstance(training, str) else None,
     )
     if "model_weights" not in weights.names():

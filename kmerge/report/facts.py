@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,21 @@ class Size:
 
 
 @dataclass(frozen=True)
+class LayerSize:
+    """How large one layer of the plan is in each source; None where a source has no counterpart.
+
+    Attributes:
+        name: as in the plan.
+        parameters: entries of its weights.
+        outputs: shape of its first output, batch first; None also where it cannot be told.
+    """
+
+    name: str
+    parameters: tuple[int | None, ...]
+    outputs: tuple[tuple[int | None, ...] | None, ...]
+
+
+@dataclass(frozen=True)
 class Report:
     """What a merge did: what `--json` prints.
 
@@ -46,6 +62,7 @@ class Report:
         ancestry: what the weights said of a common ancestor, where that was looked at.
         seconds: the whole run took.
         notes: what a reader should know.
+        layers: sizes of the plan's layers, in its order.
     """
 
     plan: Plan
@@ -59,6 +76,7 @@ class Report:
     ancestry: Ancestry | None = None
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    layers: tuple[LayerSize, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON, as `kmerge combine --json` prints it."""
@@ -77,6 +95,7 @@ class Report:
             "separate": vars(self.separate),
             "ancestry": ancestry,
             "notes": list(self.notes),
+            "layers": json.loads(json.dumps([vars(layer) for layer in self.layers])),
             "plan": self.plan.to_dict(),
         }
 
@@ -117,6 +136,35 @@ def merge_sizes(merged: Merged, sources: Sequence[Source]) -> dict[str, Size]:
             None if any(value is None for value in macs) else sum(value for value in macs if value is not None),
             sum(size.calls for size in separate),
         ),
+    }
+
+
+def layer_sizes(plan: Plan, sources: Sequence[Source]) -> tuple[LayerSize, ...]:
+    """Size of every layer of a plan in each source."""
+    if any(source.graph is None for source in sources):
+        every = tuple(source.num_parameters for source in sources)
+        return tuple(LayerSize(layer.name, every, (None,) * len(sources)) for layer in plan.layers)
+    known = [_sizes_by_name(source) for source in sources]
+    result = []
+    for layer in plan.layers:
+        found = [
+            (None, None) if name is None else sizes.get(name, (None, None))
+            for name, sizes in zip(layer.layers, known, strict=True)
+        ]
+        result.append(LayerSize(layer.name, tuple(item[0] for item in found), tuple(item[1] for item in found)))
+    return tuple(result)
+
+
+def _sizes_by_name(source: Source) -> dict[str, tuple[int, tuple[int | None, ...] | None]]:
+    graph = source_graph(source)
+    shapes = infer_shapes(graph)
+    outputs: dict[int, tuple[int | None, ...] | None] = {}
+    for ref, shape in shapes.items():
+        if ref.output == 0:
+            outputs.setdefault(graph.calls[ref.call].layer, shape)
+    return {
+        layer.name: (sum(w.tensor.size for w in state.weights if is_parameter(w)), outputs.get(number))
+        for number, (layer, state) in enumerate(zip(graph.layers, source.states, strict=True))
     }
 
 

@@ -32,7 +32,8 @@ class LayerFacts:
         weights: name to shape.
         parameters: entries of its weights.
         inputs: the layers that it reads.
-        role: shared or private, and of which source, in a file that kmerge merged; "" elsewhere.
+        role: shared or private, in a file that kmerge merged; "" elsewhere.
+        source: label of the source that a private layer comes from; "" elsewhere.
         trainable: as saved.
     """
 
@@ -44,6 +45,7 @@ class LayerFacts:
     parameters: int
     inputs: tuple[str, ...]
     role: str
+    source: str
     trainable: bool
 
 
@@ -72,7 +74,7 @@ class Inspection:
 
 def stored_merge(source: Source) -> Mapping[str, Any] | None:
     """What kmerge left in a file that it wrote: its version and the plan; None in any other."""
-    stored = source.metadata.get("kmerge")
+    stored = source.metadata.get("kmerge") or source.root.get("kmerge")
     if isinstance(stored, str):
         try:
             stored = json.loads(stored)
@@ -117,7 +119,8 @@ def inspect_source(source: Source) -> Inspection:
                 weights=weights,
                 parameters=sum(w.tensor.size for w in source.states[number].weights if is_parameter(w)),
                 inputs=tuple(reads),
-                role=roles(layer.name),
+                role=roles.get(layer.name, ("", ""))[0],
+                source=roles.get(layer.name, ("", ""))[1],
                 trainable=layer.config.get("trainable") is not False,
             )
         )
@@ -140,13 +143,13 @@ _KINDS = {
 }
 
 
-def _roles(merge: Mapping[str, Any] | None) -> Any:
-    """Role of a layer by its name in the merged model."""
-    if merge is None:
-        return lambda name: ""
-    stored = merge.get("layers")
-    known = stored if isinstance(stored, Mapping) else {}
-    return lambda name: str(known.get(name, ""))
+def _roles(merge: Mapping[str, Any] | None) -> dict[str, tuple[str, str]]:
+    """Role, and source of a private layer, by the layer's name in the merged model."""
+    stored = merge.get("layers") if merge else None
+    if not isinstance(stored, Mapping):
+        return {}
+    known = {str(name): item for name, item in stored.items() if isinstance(item, Mapping)}
+    return {name: (str(item.get("role", "")), str(item.get("source", ""))) for name, item in known.items()}
 
 
 def _hazards(source: Source) -> list[str]:
