@@ -37,6 +37,7 @@ __all__ = [
     "OutputError",
     "Plan",
     "PlanError",
+    "Report",
     "UnrelatedError",
     "UnsafeFileError",
     "__version__",

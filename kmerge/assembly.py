@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kmerge.dialects.reading import Dialect
-from kmerge.dialects.vocabulary import WeightKind, to_snake_case
+from kmerge.dialects.vocabulary import WeightKind, stored_class
 from kmerge.dialects.writing import parse_version, write_model
 from kmerge.engine import Target
 from kmerge.graph import layer_order
@@ -146,7 +146,7 @@ def _keras3(merged: Merged, sources: Sequence[Source]) -> tuple[Layout, tuple[Ta
         layer, origin = merged.graph.layers[index], merged.layers[index]
         if layer.is_operation:
             continue
-        snake = to_snake_case(layer.class_name)
+        snake = stored_class(layer.class_name)
         number = counts.get(snake, 0)
         counts[snake] = number + 1
         path = f"layers/{snake}_{number}" if number else f"layers/{snake}"

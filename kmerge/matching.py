@@ -5,7 +5,6 @@ Sources match by position in the graph, never by name: automatic names differ in
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from kmerge.dialects.reading import input_shape
-from kmerge.dialects.vocabulary import LEARNED_STATE, comparable, difference, policy_name
+from kmerge.dialects.vocabulary import LEARNED_STATE, comparable, difference, is_quantized, policy_name
 from kmerge.errors import FormatError
 from kmerge.graph import Call, Graph, Ref, canonical, flatten, refs, substitute
 from kmerge.source import Source, State
+from kmerge.store import Tensor, numpy_dtype
 
 
 @dataclass(frozen=True)
@@ -198,8 +198,8 @@ def layer_difference(first: Source, other: Source, found: Match, layer: int) -> 
             return Difference("the call's " + found_difference[0], found_difference[1], found_difference[2], "call")
     if len(one.calls_of(layer)) != len(two.calls_of(number)):
         return Difference("the number of its calls", len(one.calls_of(layer)), len(two.calls_of(number)), "call")
-    if mine.class_name in LEARNED_STATE:
-        return _state_difference(first.states[layer], other.states[number])
+    if mine.class_name in LEARNED_STATE or is_quantized(mine.config):
+        return state_difference(first.states[layer], other.states[number])
     return None
 
 
@@ -235,11 +235,11 @@ def _shape_difference(first: State, second: State) -> Difference | None:
     return None
 
 
-def _state_difference(first: State, second: State) -> Difference | None:
+def state_difference(first: State, second: State) -> Difference | None:
     for mine, theirs in zip(first.weights, second.weights, strict=True):
-        one, two = mine.tensor.read(), theirs.tensor.read()
-        if not np.array_equal(one, two):
-            return Difference(mine.name, _sample(one, one != two), _sample(two, one != two), "state")
+        different = _unequal_entries(mine.tensor, theirs.tensor)
+        if different:
+            return Difference(f"an entry of {mine.name}", *different, "state")
     for name in sorted(first.assets.keys() | second.assets.keys()):
         mine_asset, their_asset = first.assets.get(name), second.assets.get(name)
         if mine_asset is None or their_asset is None or mine_asset.read() != their_asset.read():
@@ -248,6 +248,17 @@ def _state_difference(first: State, second: State) -> Difference | None:
     return None
 
 
-def _sample(values: np.ndarray[Any, Any], differing: np.ndarray[Any, Any]) -> float:
-    value = float(np.ravel(values)[int(np.argmax(np.ravel(differing)))])
-    return value if math.isfinite(value) else math.nan
+_BLOCK = 1 << 20
+
+
+def _unequal_entries(first: Tensor, second: Tensor) -> tuple[Any, Any] | None:
+    """The first two entries that differ, NaN being equal to itself; None if there are none."""
+    for start in range(0, first.size, _BLOCK):
+        length = min(_BLOCK, first.size - start)
+        one, two = (np.empty(length, dtype=numpy_dtype(tensor.dtype)) for tensor in (first, second))
+        first.read_into(start, one)
+        second.read_into(start, two)
+        unequal = np.flatnonzero((one != two) & ~((one != one) & (two != two)))
+        if unequal.size:
+            return one[unequal[0]].item(), two[unequal[0]].item()
+    return None

@@ -472,12 +472,15 @@ def _checked(layout: Layout, number: int, forced: Role | None, rules: Rules, not
     layer = source_graph(layout.first).layers[number]
     found = layout.difference(number)
     if found is None:
-        if is_quantized(layer.config) and rules.method != "pick":
-            raise LayoutError(
-                f"layer {number + 1} '{layer.name}' ({layer.class_name}) is quantised: its integers cannot be combined. "
-                f"Keep it per source with --private {layer.name}, or take one source's with --method pick."
-            )
         return "shared"
+    if found[1].kind == "state" and is_quantized(layer.config):
+        if rules.method == "pick":
+            return "shared"
+        raise LayoutError(
+            f"layer {number + 1} '{layer.name}' ({layer.class_name}) is quantised, and differs between the sources: its "
+            f"integers cannot be combined. Keep it per source with --private {layer.name}, or take one source's with "
+            "--method pick."
+        )
     source, different = found
     if layer.is_input:
         raise LayoutError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from kmerge.dialects.vocabulary import to_snake_case
+from kmerge.dialects.vocabulary import stored_class, to_snake_case
 from kmerge.errors import GraphError, UnsafeFileError
 from kmerge.graph import Call, Graph, Layer, Ref, Structure, flatten, layer_order, refs, sort_calls, substitute
 
@@ -558,7 +558,7 @@ def weight_paths(root: Nested) -> dict[Address, str]:
         counts: dict[str, int] = {}
         for index in level.order():
             layer = level.graph.layers[index]
-            snake = to_snake_case(layer.class_name)
+            snake = stored_class(layer.class_name)
             number = counts.get(snake, 0)
             counts[snake] = number + 1
             path = f"{prefix}layers/{snake}_{number}" if number else f"{prefix}layers/{snake}"

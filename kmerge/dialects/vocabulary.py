@@ -116,6 +116,8 @@ def weight_specs(class_name: str, config: Mapping[str, Any]) -> tuple[WeightSpec
         return (_W("embeddings"),)
     if class_name == "PReLU":
         return (_W("alpha"),)
+    if class_name == "LayerNormalization" and config.get("rms_scaling"):
+        return (_W("gamma"),)
     if class_name in ("LayerNormalization", "GroupNormalization"):
         return ((_W("gamma"),) if config.get("scale", True) else ()) + (
             (_W("beta"),) if config.get("center", True) else ()
@@ -142,6 +144,15 @@ def _einsum(config: Mapping[str, Any]) -> tuple[WeightSpec, ...]:
 _WEIGHTLESS = frozenset(
     ["InputLayer", "Activation", "ReLU", "LeakyReLU", "ELU", "Softmax", "ThresholdedReLU", "Flatten", "Reshape", "Permute", "RepeatVector", "Masking", "Concatenate", "Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum", "Dot", "Identity", "Rescaling", "Resizing", "CenterCrop", "MaxPooling1D", "MaxPooling2D", "MaxPooling3D", "AveragePooling1D", "AveragePooling2D", "AveragePooling3D", "GlobalMaxPooling1D", "GlobalMaxPooling2D", "GlobalMaxPooling3D", "GlobalAveragePooling1D", "GlobalAveragePooling2D", "GlobalAveragePooling3D", "AdaptiveAveragePooling1D", "AdaptiveAveragePooling2D", "AdaptiveAveragePooling3D", "AdaptiveMaxPooling1D", "AdaptiveMaxPooling2D", "AdaptiveMaxPooling3D", "UpSampling1D", "UpSampling2D", "UpSampling3D", "ZeroPadding1D", "ZeroPadding2D", "ZeroPadding3D", "Cropping1D", "Cropping2D", "Cropping3D", "ActivityRegularization", "UnitNormalization", "CategoryEncoding", "Hashing", "HashedCrossing", "Lambda"]
 )
+
+_STORED_AS = {"GroupQueryAttention": "GroupedQueryAttention"}
+"""Classes that a configuration calls by their public name and a weight path by the name in Keras's code."""
+
+
+def stored_class(class_name: str) -> str:
+    """Name of a layer's class in the weight paths of Keras 3."""
+    return to_snake_case(_STORED_AS.get(class_name, class_name))
+
 
 _SUBLAYERS = {"layer": "layer", "forward_layer": "layer", "backward_layer": "backward_layer", "cell": "cell"}
 
@@ -216,7 +227,7 @@ def _numbered(entries: list[Any], name: str) -> Any:
     counts: dict[str, int] = {}
     for entry in entries:
         if isinstance(entry, Mapping) and entry.get("class_name") != "InputLayer":
-            snake = to_snake_case(str(entry.get("class_name")))
+            snake = stored_class(str(entry.get("class_name")))
             number = counts.get(snake, 0)
             counts[snake] = number + 1
             if name == (f"{snake}_{number}" if number else snake):
@@ -281,6 +292,8 @@ def comparable(config: Any) -> Any:
     are null or at a default that older Keras does not write. Policies stand for their names.
     """
     if isinstance(config, Mapping):
+        if isinstance(config.get("layers"), list) and "output_layers" in config:
+            config = _with_numbers(config)
         if "class_name" in config:
             name = policy_name(config)
             if name is not None:
@@ -297,6 +310,35 @@ def comparable(config: Any) -> Any:
     if isinstance(config, (list, tuple)):
         return [comparable(item) for item in config]
     return config
+
+
+def _with_numbers(network: Mapping[str, Any]) -> dict[str, Any]:
+    """A functional network inside a layer, with the numbers of its layers in place of their names."""
+    names = [str(entry.get("name")) if isinstance(entry, Mapping) else "" for entry in network["layers"]]
+    numbers = {name: f"layer {number}" for number, name in enumerate(names)}
+
+    def replace(value: Any) -> Any:
+        if isinstance(value, str):
+            return numbers.get(value, value)
+        if isinstance(value, list):
+            return [replace(item) for item in value]
+        if isinstance(value, Mapping):
+            return {key: replace(item) for key, item in value.items()}
+        return value
+
+    wired = {key: replace(network[key]) for key in ("input_layers", "output_layers") if key in network}
+    layers = [
+        {**entry, "inbound_nodes": replace(entry.get("inbound_nodes"))} if isinstance(entry, Mapping) else entry
+        for entry in network["layers"]
+    ]
+    return {**network, **wired, "layers": [_entry(entry) for entry in layers]}
+
+
+def _entry(entry: Any) -> Any:
+    """A layer's entry with its calls inside its configuration, where `comparable` looks."""
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("config"), Mapping):
+        return entry
+    return {**entry, "config": {**entry["config"], "inbound_nodes": entry.get("inbound_nodes")}}
 
 
 def difference(first: Any, second: Any, path: str = "") -> tuple[str, Any, Any] | None:

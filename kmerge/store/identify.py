@@ -19,8 +19,9 @@ _SEARCH_GROUPS = 2_000  # where weights may hide in a file whose root says nothi
 class Kind(StrEnum):
     """What a file or folder is to kmerge.
 
-    h5: a whole model in HDF5 (Keras 1 and 2, or Keras 3's legacy format); h5_weights: weights alone in that format; weights: Keras
-    3's .weights.h5; keras: a .keras zip; folder: an unzipped one, or a KerasHub preset; shards: a .weights.json with its shards.
+    h5: a whole model in HDF5 (Keras 1 and 2, or Keras 3's legacy format); h5_weights: weights alone in that format;
+    weights: Keras 3's .weights.h5; keras: a .keras zip; folder: an unzipped one, or a KerasHub preset; shards: a
+    .weights.json with its shards.
     """
 
     H5 = "h5"
@@ -54,12 +55,12 @@ def identify(path: str | Path) -> Kind:
     if stat.S_ISDIR(mode):
         return _folder(path)
     with open_regular(path) as file:
-        if hdf5_start(file) is not None:
-            return _hdf5(file)
         head = file.read(0, 4096)
-        if head[:4] in ZIP_SIGNATURES:
+        if head[:4] in ZIP_SIGNATURES:  # first: a stored HDF5 member may begin just where HDF5 looks for a file of its own
             check_members(read_directory(file), path.name)
             return Kind.KERAS
+        if hdf5_start(file) is not None:
+            return _hdf5(file)
         if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{":
             return _json(file)
         raise FormatError(f"{path.name} {what_else(file)}")
@@ -80,11 +81,13 @@ def _folder(path: Path) -> Kind:
         )
     if "checkpoint" in names or any(name.endswith(".index") for name in names):
         raise FormatError(
-            f"{label} is a folder of TensorFlow checkpoints: build the model, load them and save it with model.save('model.keras')."
+            f"{label} is a folder of TensorFlow checkpoints: build the model, load them and save it "
+            "with model.save('model.keras')."
         )
     if CONFIG in names and ("model.safetensors" in names or "pytorch_model.bin" in names):
         raise FormatError(
-            f"{label} is a Hugging Face model for PyTorch: load it with KerasHub and save it with model.save('model.keras')."
+            f"{label} is a Hugging Face model for PyTorch: load it with KerasHub and save it with "
+            "model.save('model.keras')."
         )
     if CONFIG in names:
         raise FormatError(
@@ -149,6 +152,7 @@ def _json(file: Descriptor) -> Kind:
         return Kind.SHARDS
     if isinstance(content, dict) and "class_name" in content and "config" in content:
         raise FormatError(
-            f"{label} is a model's architecture alone (JSON), without weights: save the whole model with model.save('model.keras')."
+            f"{label} is a model's architecture alone (JSON), without weights: save the whole model "
+            "with model.save('model.keras')."
         )
     raise FormatError(f"{label} is JSON text but no Keras model: kmerge reads .keras, .h5 and .weights.h5 files.")
