@@ -62,8 +62,9 @@ def check_runs_no_code(model: Mapping[str, Any] | None, name: str) -> None:
     for class_name, layer in _classes(model):
         if class_name in RUNS_CODE:
             raise FormatError(
-                f"'{name}' has a {class_name} layer '{layer}', which holds code, and to turn it into another format the model "
-                "must be run. Merge it in its own format (name the output with the same suffix), or replace the layer."
+                f"'{name}' has a {class_name} layer '{layer}', which holds code: kmerge never runs code from a file, and Keras "
+                "would have to. Merge file to file in the sources' own format (kmerge combine, output with the same suffix), "
+                "or replace the layer."
             )
 
 

@@ -85,6 +85,11 @@ class Plan:
     def labels(self) -> tuple[str, ...]:
         return tuple(source.label for source in self.sources)
 
+    @property
+    def of_first(self) -> tuple[LayerPlan, ...]:
+        """The layers that the first source has, in the order of its graph."""
+        return tuple(layer for layer in self.layers if layer.layers[0] is not None)
+
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
 
@@ -594,16 +599,17 @@ def check_plan(plan: Plan, sources: Sequence[Source]) -> None:
         _plan_without_graph(sources, Rules(trunk=plan.trunk, method=plan.method, options=plan.options))
         return
     layout = lay_out(sources)
-    own = {layer.name: number for number, layer in enumerate(source_graph(layout.first).layers)}
-    planned = {layer.name: layer for layer in plan.layers if layer.layers[0] is not None}
-    for name in [*own, *planned]:
-        if name not in own or name not in planned:
-            where = "in the plan but not in" if name in planned else "not in the plan, but in"
-            raise PlanError(f"Layer '{name}' is {where} '{sources[0].name}': the plan is for another network.")
-    for name, layer in planned.items():
+    own, planned = source_graph(layout.first).layers, plan.of_first
+    for number in range(max(len(own), len(planned))):
+        here = own[number].class_name if number < len(own) else "nothing"
+        there = planned[number].class_name if number < len(planned) else "nothing"
+        if here != there:
+            raise PlanError(
+                f"The plan is for another network: layer {number + 1} is {there} in the plan but {here} in '{sources[0].name}'."
+            )
+    for number, layer in enumerate(planned):
         if layer.method:
             check_rules(Rules(method=layer.method, options=layer.options), plan.labels)
-        number = own[name]
         if layer.role == "shared":
             found = layout.difference(number)
             if found:

@@ -26,6 +26,7 @@ from kmerge.dialects.vocabulary import WeightKind, weight_kind, weight_name, wei
 from kmerge.errors import FormatError, GraphError, KmergeError
 from kmerge.graph import Graph, Layer
 from kmerge.store import Asset, Kind, Tensor, Weights, identify, open_archive, open_hdf5, open_shards, read_json
+from kmerge.store.shards import ShardedWeights
 
 SUFFIXES = (".weights.h5", ".weights.json", ".keras", ".hdf5", ".h5")
 
@@ -531,7 +532,7 @@ def _natural(key: str) -> tuple[tuple[bool, int, str], ...]:
 
 def _open_weights(path: Path, label: str, kind: Kind, opened: ExitStack) -> Source:
     weights = opened.enter_context(open_shards(path) if kind is Kind.SHARDS else open_hdf5(path))
-    size = weights.size if kind is Kind.SHARDS else _file_size(path)
+    size = _file_size(path) + (weights.size if isinstance(weights, ShardedWeights) else 0)
     root = weights.attributes()
     state = _flat_h5(weights, "") if kind is Kind.H5_WEIGHTS else _flat_keras3(weights)
     if not state.weights:

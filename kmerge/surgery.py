@@ -70,9 +70,7 @@ class _Surgeon:
         self.origins: list[MergedLayer] = []
         self.keys: dict[_Key, int] = {}
         self.known: dict[str, int] = {}
-        first = source_graph(layout.first)
-        by_name = {layer.layers[0]: layer for layer in plan.layers if layer.layers[0] is not None}
-        self.planned = [by_name[layer.name] for layer in first.layers]
+        self.planned = plan.of_first
 
     def run(self) -> Merged:
         made = [self._add_source(number) for number in range(len(self.layout.sources))]
