@@ -154,7 +154,10 @@ def check_members(entries: dict[str, Entry], label: str) -> None:
         )
     base = {name.rpartition("/")[2] for name in names}
     if "data.pkl" in base:
-        what = "is a PyTorch file (a zip with a pickle inside), which kmerge never opens since it can run code: build the model in Keras and save it"
+        what = (
+            "is a PyTorch file (a zip with a pickle inside), which kmerge never opens since it can "
+            "run code: build the model in Keras and save it"
+        )
     elif names and all(name.endswith(".npy") for name in names):
         what = "is a NumPy .npz file, not a Keras model: save the model itself with model.save('model.keras')"
     elif "saved_model.pb" in base:
@@ -212,7 +215,8 @@ def _open_folder(path: Path) -> Archive:
         real = os.path.realpath(os.path.join(folder, name))
         if os.path.commonpath([folder, real]) != folder:
             raise UnsafeFileError(
-                f"{path.name}: {name!r} is a symbolic link out of the folder. kmerge reads only what the folder itself holds: "
+                f"{path.name}: {name!r} is a symbolic link out of the folder. kmerge reads only what "
+                "the folder itself holds: "
                 f"copy it with its links resolved (cp -rL)."
             )
         return Path(real)

@@ -15,15 +15,17 @@ AttributeValue: TypeAlias = str | int | float | bool | list[str] | list[int] | l
 HEADER_LIMIT = 64_512  # Keras splits lists of names above this many bytes
 
 
-def read_attributes(
-    loc: h5py.h5g.GroupID | h5py.h5d.DatasetID, where: str, longest: Callable[[], int]
-) -> dict[str, AttributeValue]:
+Owner: TypeAlias = h5py.h5g.GroupID | h5py.h5d.DatasetID
+StringBytes: TypeAlias = Callable[[Owner, bytes, int], int]
+
+
+def read_attributes(loc: Owner, where: str, strings: StringBytes) -> dict[str, AttributeValue]:
     """Decode all attributes of an object; bytes become str, arrays lists.
 
     Args:
         loc: the object.
         where: file and object, for messages.
-        longest: gives a bound of the bytes of a variable-length string of the file; asked only for lists of such.
+        strings: gives a bound of the bytes of a list of strings, for object, name and number of them.
 
     Returns:
         Values by name, in order of names.
@@ -37,10 +39,33 @@ def read_attributes(
         raise UnsafeFileError(f"{where} has {count:,} attributes; a model needs a handful. Re-save it with Keras.")
     names: list[bytes] = []
     h5a.iterate(loc, names.append)
-    return {text(name): _read(h5a.open(loc, name), f"{where}: attribute {text(name)!r}", longest) for name in names}
+    found: dict[str, AttributeValue] = {}
+    total = 0
+    for name in names:
+        value = _read(loc, name, f"{where}: attribute {text(name)!r}", strings)
+        total += text_size(value)
+        if total > limits.STRINGS_BYTES:
+            raise too_much_text(where)
+        found[text(name)] = value
+    return found
 
 
-def _read(aid: h5a.AttrID, where: str, longest: Callable[[], int]) -> AttributeValue:
+def text_size(value: AttributeValue) -> int:
+    """How many characters a value holds."""
+    if isinstance(value, list):
+        return sum(len(item) for item in value if isinstance(item, str))
+    return len(value) if isinstance(value, str) else 0
+
+
+def too_much_text(where: str) -> UnsafeFileError:
+    return UnsafeFileError(
+        f"{where} holds more text than {limits.human(limits.STRINGS_BYTES)}; models need some MB. "
+        "Check where this file comes from."
+    )
+
+
+def _read(loc: Owner, name: bytes, where: str, strings: StringBytes) -> AttributeValue:
+    aid = h5a.open(loc, name)
     tid, space = aid.get_type(), aid.get_space()
     kind = tid.get_class()
     if kind == h5t.REFERENCE:
@@ -57,11 +82,13 @@ def _read(aid: h5a.AttrID, where: str, longest: Callable[[], int]) -> AttributeV
             "Check where this file comes from."
         )
     variable = kind == h5t.STRING and tid.is_variable_str()
-    if variable and points > 1 and points * longest() > limits.STRINGS_BYTES:
-        raise UnsafeFileError(
-            f"{where} is a list of {points:,} strings that could claim {limits.human(points * longest())}. "
-            "Re-save the file with Keras, which stores such lists in a safe way."
-        )
+    if variable and points > 1:  # they may all point at one large string
+        claimed = strings(loc, name, points)
+        if claimed > limits.STRINGS_BYTES:
+            raise UnsafeFileError(
+                f"{where} is a list of {points:,} strings that claims {limits.human(claimed)}. "
+                "Re-save the file with Keras, or check where it comes from."
+            )
     if kind != h5t.STRING and tid.dtype.itemsize > 8:
         raise FormatError(f"{where} holds numbers wider than 64 bits. Re-save the file with Keras.")
     value = np.zeros(aid.shape, aid.dtype)
@@ -101,7 +128,7 @@ def join_names(attributes: dict[str, AttributeValue], name: str) -> list[str]:
 
 
 def write_attributes(loc: h5py.h5g.GroupID | h5py.h5d.DatasetID, attributes: Mapping[str, Any]) -> None:
-    """Store attributes: text as h5py stores it, lists of names as Keras does (fixed-length bytes, split above 64,512 bytes).
+    """Store attributes: text as h5py does, lists of names as Keras does, that is split above 64,512 bytes.
 
     Args:
         loc: group or tensor.

@@ -69,8 +69,8 @@ def logical(tid: h5t.TypeID, where: str) -> tuple[str, bool, bool]:
         where: file and tensor, for messages.
 
     Returns:
-        The logical type (opaque ones as "void<n>"), whether the bytes lie in the file as NumPy wants them in memory, perhaps
-        with bytes swapped, and whether they are swapped.
+        The logical type (opaque ones as "void<n>"); whether the bytes lie in the file as NumPy wants them in memory,
+        perhaps swapped; and whether they are swapped.
 
     Raises:
         UnsafeFileError: if it is a type of objects: references, variable-length data, compounds.
@@ -132,6 +132,6 @@ def _describe(kind: int) -> str:
 
 
 def stored_type(name: str) -> h5t.TypeID:
-    """The HDF5 type under which h5py would store the logical type `name`; extended ones as opaque bytes, as Keras does."""
+    """The HDF5 type for the logical type `name`; extended ones are opaque bytes, as Keras stores them."""
     dtype = np.dtype(f"V{EXTENDED[name]}") if name in EXTENDED else numpy_dtype(name)
     return h5py.h5t.py_create(dtype, logical=True)

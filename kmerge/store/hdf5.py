@@ -12,6 +12,7 @@ from h5py import h5a, h5d, h5g, h5l, h5o, h5p
 from kmerge.errors import FormatError
 from kmerge.store import limits
 from kmerge.store.attributes import AttributeValue, read_attributes, text
+from kmerge.store.headers import string_bytes
 from kmerge.store.rawio import Descriptor, Window, open_regular
 from kmerge.store.sniff import hdf5_start, what_else
 from kmerge.store.tensors import cache_for
@@ -19,7 +20,6 @@ from kmerge.store.walk import Walk, check_compressed, refuse_link, too_many
 from kmerge.store.weights import Tree, Weights
 
 _OPEN_DATASETS = 4
-_HEAP = b"GCOL\1\0\0\0"  # how HDF5 marks a heap of variable-length data; its size follows
 
 
 class Hdf5Weights(Weights):
@@ -38,12 +38,12 @@ class Hdf5Weights(Weights):
         self.size = file.size - start if size is None else size
         self._lock = threading.RLock()
         self._checked: set[bytes] = set()
-        self._longest: int | None = None
         self._datasets: OrderedDict[bytes, h5d.DatasetID] = OrderedDict()
         try:
             self._window = Window(file.fd, start, self.size)
             self._h5 = h5py.File(self._window, "r")
             self._root: h5g.GroupID = self._h5["/"].id
+            self._window.check()
         except (OSError, RuntimeError, KeyError, ValueError) as error:
             raise FormatError(f"{label} {_why_not_opened(error)}") from None
 
@@ -56,7 +56,7 @@ class Hdf5Weights(Weights):
 
     def attributes(self, group: str = "") -> dict[str, AttributeValue]:
         with self._guard(group):
-            return read_attributes(self._open(group), self.where(group), self.longest_string)
+            return read_attributes(self._open(group), self.where(group), self.string_bytes)
 
     def names(self, group: str = "") -> tuple[str, ...]:
         with self._guard(group):
@@ -123,19 +123,16 @@ class Hdf5Weights(Weights):
         refuse_link(loc.links.get_info(part).type, f"{self.where(group)}: {text(part)!r}")
         return h5o.open(loc, part)
 
-    def longest_string(self) -> int:
-        """A bound of the bytes of any variable-length string: the largest heap that holds some."""
-        if self._longest is None:
-            self._longest = 0
-            block, keep = 1 << 20, len(_HEAP) + 12
-            for position in range(0, self.size, block):
-                data = self.file.read(self.start + position, min(block + keep, self.size - position))
-                at = data.find(_HEAP)
-                while at >= 0:
-                    self._longest = max(self._longest, int.from_bytes(data[at + 8 : at + 16], "little"))
-                    at = data.find(_HEAP, at + 1)
-            self._longest = min(self._longest, self.size)
-        return self._longest
+    def string_bytes(self, loc: h5g.GroupID | h5d.DatasetID, name: bytes, count: int) -> int:
+        """A bound of the bytes of an attribute that is a list of `count` strings."""
+        bound = count * self.size
+        if bound > limits.ATTRIBUTE_BYTES:
+            found = string_bytes(self._read, h5o.get_info(loc).addr, self._h5.userblock_size, name)
+            bound = bound if found is None else found
+        return bound
+
+    def _read(self, offset: int, count: int) -> bytes:
+        return self.file.read(self.start + offset, min(count, max(0, self.size - offset)))
 
     def links(self, loc: h5g.GroupID, group: str) -> list[tuple[bytes, tuple[int, int]]]:
         if loc.get_num_objs() > limits.OBJECTS:
@@ -152,7 +149,10 @@ class Hdf5Weights(Weights):
         """Turn what h5py raises on a damaged file into one error."""
         self.file.fd  # noqa: B018 - raises where the file is closed
         try:
-            yield
+            try:
+                yield
+            finally:
+                self._window.check()
         except (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError) as error:
             raise FormatError(
                 f"{self.where(path)} cannot be read ({_brief(error)}): the file is damaged, get it again."

@@ -56,7 +56,9 @@ def identify(path: str | Path) -> Kind:
         return _folder(path)
     with open_regular(path) as file:
         head = file.read(0, 4096)
-        if head[:4] in ZIP_SIGNATURES:  # first: a stored HDF5 member may begin just where HDF5 looks for a file of its own
+        if (
+            head[:4] in ZIP_SIGNATURES
+        ):  # first: a stored HDF5 member may begin just where HDF5 looks for a file of its own
             check_members(read_directory(file), path.name)
             return Kind.KERAS
         if hdf5_start(file) is not None:

@@ -1,7 +1,6 @@
-"""The complete layout of an HDF5 file to be written, and its skeleton: everything but the numbers, whose places are then known."""
+"""The complete layout of an HDF5 file, and its skeleton: everything but the numbers, whose places are then known."""
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import h5py
@@ -45,7 +44,7 @@ class Layout:
     """What an HDF5 file will hold.
 
     Attributes:
-        groups: attributes by path, in order of creation; "" is the root. Groups above others and above tensors are made anyway.
+        groups: attributes by path, in order of creation; "" is the root. Groups above others or tensors are implied.
         tensors: specifications by path, in order of creation.
     """
 
@@ -70,46 +69,26 @@ def build_skeleton(window: Window, layout: Layout) -> dict[str, int]:
     Raises:
         MergeError: if two paths collide or a value cannot be stored.
     """
-    file = h5py.File(window, "w")
     try:
-        offsets = _fill(file["/"].id, layout)
-    except OSError:
-        _discard(file, window)
-        raise
+        with h5py.File(window, "w") as file:
+            offsets = _fill(file["/"].id, layout)
     except (RuntimeError, ValueError, KeyError) as error:
-        _discard(file, window)
-        if window.error:
-            raise window.error from None
+        window.check()
         raise MergeError(f"the layout cannot be written as HDF5: {error}") from error
-    except BaseException:
-        _discard(file, window)
-        raise
-    try:
-        file.close()
-    except (OSError, RuntimeError):
-        if window.error:
-            raise window.error from None
-        raise
     finally:
         window.release()
-    if window.error:
-        raise window.error
+    window.check()
     return offsets
 
 
 def add_root_attributes(window: Window, attributes: Mapping[str, AttributeValue]) -> None:
     """Add attributes to the root of a finished file."""
-    with h5py.File(window, "r+") as file:
-        write_attributes(file["/"].id, attributes)
-    if window.error:
-        raise window.error
-
-
-def _discard(file: h5py.File, window: Window) -> None:
-    """Close a file that is to be thrown away, whatever HDF5 says about it."""
-    window.release()
-    with suppress(Exception):  # the first error counts
-        file.close()
+    try:
+        with h5py.File(window, "r+") as file:
+            write_attributes(file["/"].id, attributes)
+    finally:
+        window.release()
+    window.check()
 
 
 def _fill(root: h5g.GroupID, layout: Layout) -> dict[str, int]:

@@ -41,7 +41,7 @@ class Descriptor:
 
     def read(self, offset: int, count: int) -> bytes:
         """Up to `count` bytes from `offset` on; never more than the file holds."""
-        data = bytearray(max(0, min(count, self.size - offset)))
+        data = bytearray(max(0, min(count, self.size - offset)) if offset >= 0 else 0)
         return bytes(data[: self.read_into(offset, memoryview(data))])
 
     def close(self) -> None:
@@ -150,6 +150,9 @@ def special(mode: int) -> str:
 class Window:
     """A part of an open file that looks like a file of its own: what h5py's file-like driver needs.
 
+    HDF5 calls it from C, where an exception would get lost or turn into another one. So none is raised while HDF5 is at
+    work: it is kept, the rest of the work goes nowhere, and whoever asked HDF5 for something asks `check` afterwards.
+
     Args:
         fd: descriptor, not owned.
         start: first byte of the window within the file.
@@ -159,15 +162,23 @@ class Window:
 
     def __init__(self, fd: int, start: int, size: int, writable: bool = False) -> None:
         self._fd, self._start, self._size, self._writable, self._position = fd, start, size, writable, 0
-        self.error: OSError | None = None  # what a write failed with: HDF5 forgets it
+        self._error: BaseException | None = None
         self._released = False
 
+    def check(self) -> None:
+        """Raise what went wrong since the last call."""
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
     def release(self) -> None:
-        """Touch the descriptor no more: HDF5 may flush a file it failed to close when its number is another file's."""
+        """Touch the descriptor no more: HDF5 may flush what it failed to close when the number is another file's."""
         self._released = True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if base + offset < 0:
+            raise OSError(errno.EINVAL, "negative position")
         self._position = base + offset
         return self._position
 
@@ -176,8 +187,15 @@ class Window:
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer).cast("B")
-        wanted = 0 if self._released else max(0, min(len(view), self._size - self._position))
-        done = read_at(self._fd, self._start + self._position, view[:wanted]) if wanted else 0
+        done = 0
+        try:
+            wanted = 0 if self._released else max(0, min(len(view), self._size - self._position))
+            if wanted:
+                done = read_at(self._fd, self._start + self._position, view[:wanted])
+                if done < wanted:
+                    raise OSError(errno.EIO, "the file became shorter while being read")
+        except BaseException as error:  # also Ctrl-C: see above
+            self._error = self._error or error
         if done < len(view):
             view[done:] = bytes(len(view) - done)
         self._position += len(view)
@@ -189,28 +207,28 @@ class Window:
         return bytes(data)
 
     def write(self, data: Any) -> int:
-        if not self._writable:
-            raise io.UnsupportedOperation("not writable")
         view = memoryview(data).cast("B")
         try:
+            if not self._writable:
+                raise io.UnsupportedOperation("not writable")
             if not self._released:
                 write_at(self._fd, self._start + self._position, view)
-        except OSError as error:
-            self.error = error
-            raise
+        except BaseException as error:
+            self._error = self._error or error
+            self._released = True
         self._position += len(view)
         self._size = max(self._size, self._position)
         return len(view)
 
     def truncate(self, size: int | None = None) -> int:
         size = self._position if size is None else size
-        if self._writable and size != self._size and not self._released:
-            try:
+        try:
+            if self._writable and size != self._size and not self._released:
                 os.ftruncate(self._fd, self._start + size)
-            except OSError as error:
-                self.error = error
-                raise
-            self._size = size
+        except BaseException as error:
+            self._error = self._error or error
+            self._released = True
+        self._size = size
         return size
 
     def flush(self) -> None:

@@ -26,6 +26,11 @@ class ShardedWeights(Weights):
     def __init__(self, path: Path, label: str, shards: dict[str, Weights]) -> None:
         self.path, self.label, self._shards = path, label, shards
 
+    @property
+    def size(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.path.stat().st_size for shard in self._shards.values())
+
     def close(self) -> None:
         for shard in self._shards.values():
             shard.close()
@@ -103,7 +108,8 @@ def open_map(data: bytes, what: str, path: Path, open_shard: Callable[[str], Wei
                 raise FormatError(f"{what}: the shard of {key!r} is no file name. Save the weights anew with Keras.")
             if any(sign in name for sign in "/\\\0:") or name in (".", ".."):
                 raise UnsafeFileError(
-                    f"{what} looks for a shard at {name!r}. Shards lie beside it and are named without a path: save the weights anew."
+                    f"{what} looks for a shard at {name!r}. Shards lie beside it and are named "
+                    "without a path: save the weights anew."
                 )
             names[name] = None
     if len(names) > limits.SHARDS:

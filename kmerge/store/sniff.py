@@ -31,6 +31,8 @@ _RESAVE = "save the model with Keras (model.save('model.keras')) and give that f
 
 def hdf5_start(file: Descriptor) -> int | None:
     """Where the HDF5 signature stands: at 0, or behind a user block of 512, 1024, 2048, … bytes; None if nowhere."""
+    if file.read(0, 4) in ZIP_SIGNATURES:  # a member may stand just where HDF5 looks for a file behind a user block
+        return None
     offset = 0
     while offset + 8 <= file.size:
         if file.read(offset, 8) == HDF5_SIGNATURE:
@@ -40,7 +42,7 @@ def hdf5_start(file: Descriptor) -> int | None:
 
 
 def what_else(file: Descriptor) -> str:
-    """Say what a file is that is neither HDF5 nor zip, and how to go on: the rest of a sentence that starts with its name."""
+    """Say what a file is that holds no model, and how to go on: the rest of a sentence that starts with its name."""
     head = file.read(0, 4096)
     if not file.size:
         return "is empty (0 bytes): download or copy it again."
@@ -58,11 +60,17 @@ def what_else(file: Descriptor) -> str:
     if head[257:262] == b"ustar":
         return f"is a tar archive: unpack it first. {_EXPECTED}"
     if len(head) > 9 and head[8:9] == b"{" and 2 <= struct.unpack("<Q", head[:8])[0] <= max(file.size, 100_000_000):
-        return f"is a safetensors file, which holds weights of PyTorch or JAX but no Keras model: load it in Keras, then {_RESAVE}"
+        return (
+            f"is a safetensors file, which holds weights of PyTorch or JAX but no Keras model: load "
+            f"it in Keras, then {_RESAVE}"
+        )
     if head[4:8] == b"TFL3":
         return f"is a TensorFlow Lite model, which is final and cannot be merged: {_RESAVE}"
     if _looks_like_pickle(head):
-        return f"is a Python pickle (PyTorch, joblib or scikit-learn?), which kmerge never opens since it can run code: {_RESAVE}"
+        return (
+            f"is a Python pickle (PyTorch, joblib or scikit-learn?), which kmerge never opens since "
+            f"it can run code: {_RESAVE}"
+        )
     if head[:1] == b"\x08" and head[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x3a", b"\x42"):
         return f"looks like an ONNX model, which cannot be merged: {_RESAVE}"
     if b"saved_model" in head or b"\x12\x05serve" in head or (b"tensorflow" in head.lower() and not _is_text(head)):

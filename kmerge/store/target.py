@@ -92,7 +92,10 @@ def _reason(path: Path, error: OSError) -> str:
     if code in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({error.strerror}). Free some space or choose another disk."
     if code == errno.EFBIG:
-        return "the file grows larger than the disk or a limit of this process allows (see 'ulimit -f'). Choose another disk."
+        return (
+            "the file grows larger than the disk or a limit of this process allows (see 'ulimit "
+            "-f'). Choose another disk."
+        )
     if code in (errno.EACCES, errno.EPERM):
         return f"permission denied in {path.parent}. Choose another place."
     if code == errno.EROFS:

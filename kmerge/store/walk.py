@@ -12,7 +12,7 @@ from h5py import h5d, h5g, h5l, h5o, h5p, h5s
 
 from kmerge.errors import FormatError, UnsafeFileError
 from kmerge.store import limits
-from kmerge.store.attributes import read_attributes, text
+from kmerge.store.attributes import AttributeValue, Owner, read_attributes, text, text_size, too_much_text
 from kmerge.store.dtypes import EXTENDED, logical
 from kmerge.store.tensors import DirectTensor, LibraryTensor
 from kmerge.store.weights import Tree
@@ -31,7 +31,7 @@ class Walk:
     def __init__(self, weights: "Hdf5Weights") -> None:
         self.weights, self.tree = weights, Tree()
         self.groups_seen: set[int] = set()
-        self.objects = self.direct_bytes = self.claimed_bytes = 0
+        self.objects = self.direct_bytes = self.claimed_bytes = self.text = 0
 
     def run(self, loc: h5g.GroupID, base: str) -> Tree:
         self.base = base
@@ -46,7 +46,7 @@ class Walk:
             raise UnsafeFileError(
                 f"{self._where(path)} is nested more than {limits.GROUP_DEPTH} groups deep; models need about 10."
             )
-        self.tree.groups[path] = read_attributes(loc, self._where(path), self.weights.longest_string)
+        self.tree.groups[path] = self._attributes(loc, self._where(path))
         for name, (kind, address) in self.weights.links(loc, path):
             self.objects += 1
             if self.objects > limits.OBJECTS:
@@ -62,7 +62,8 @@ class Walk:
             elif isinstance(item, h5g.GroupID):
                 if address in self.groups_seen:
                     raise UnsafeFileError(
-                        f"{self._where(child)} is a group that has been met before under another name, which may go round in "
+                        f"{self._where(child)} is a group that has been met before under another "
+                        "name, which may go round in "
                         "circles. Groups of weights are a tree: re-save the file with Keras."
                     )
                 self.groups_seen.add(address)
@@ -72,19 +73,28 @@ class Walk:
                     f"{self._where(child)} is neither a group nor a tensor. Re-save the weights with Keras."
                 )
 
+    def _attributes(self, loc: Owner, where: str) -> dict[str, AttributeValue]:
+        attributes = read_attributes(loc, where, self.weights.string_bytes)
+        self.text += sum(map(text_size, attributes.values()))
+        if self.text > limits.STRINGS_BYTES:
+            raise too_much_text(where)
+        return attributes
+
     def _tensor(self, dataset: h5d.DatasetID, path: str) -> None:
         where = self._where(path)
         plist = dataset.get_create_plist()  # first: asking a virtual dataset for its shape may open other files
         layout = plist.get_layout()
         if layout == h5d.VIRTUAL:
             raise UnsafeFileError(
-                f"{where} is a virtual dataset, a view of data in other files. kmerge reads only what the file itself holds: "
+                f"{where} is a virtual dataset, a view of data in other files. kmerge reads only what "
+                "the file itself holds: "
                 "re-save the weights with Keras."
             )
         if layout == h5d.CONTIGUOUS and plist.get_external_count():
             name, _, _ = plist.get_external(0)
             raise UnsafeFileError(
-                f"{where} keeps its numbers in another file ({text(name)!r}). kmerge reads only what the file itself holds: "
+                f"{where} keeps its numbers in another file ({text(name)!r}). kmerge reads only what "
+                "the file itself holds: "
                 "re-save the weights with Keras."
             )
         space = dataset.get_space()
@@ -92,7 +102,7 @@ class Walk:
             raise FormatError(f"{where} is an empty dataset without a shape. Re-save the weights with Keras.")
         shape = tuple(int(length) for length in space.shape)
         dtype, direct, swapped = logical(dataset.get_type(), where)
-        attributes = read_attributes(dataset, where, self.weights.longest_string)
+        attributes = self._attributes(dataset, where)
         if attributes:
             self.tree.attributes[path] = attributes
             named = attributes.get("dtype")
@@ -141,7 +151,8 @@ class Walk:
             if stored < nbytes or offset + nbytes > self.weights.size:
                 raise UnsafeFileError(
                     f"{where} claims the shape {shape}, {limits.human(nbytes)}, but the file stores "
-                    f"{limits.human(max(0, min(stored, self.weights.size - offset)))} of them: it is truncated or forged. Get it again."
+                    f"{limits.human(max(0, min(stored, self.weights.size - offset)))} of them: it is "
+                    "truncated or forged. Get it again."
                 )
             self.direct_bytes += nbytes
             if self.direct_bytes > self.weights.size:
@@ -159,7 +170,8 @@ class Walk:
             )
         if limits.expands_too_far(self.claimed_bytes, self.weights.size):
             raise UnsafeFileError(
-                f"{where}: the tensors up to here claim {limits.human(self.claimed_bytes)}, far more than the file can hold."
+                f"{where}: the tensors up to here claim {limits.human(self.claimed_bytes)}, far more "
+                "than the file can hold."
             )
 
 
@@ -178,7 +190,8 @@ def _check_chunks(plist: h5p.PropDCID, itemsize: int, where: str) -> None:
     limit = limits.CHUNK_BYTES if set(codes) <= {1, 2, 3} else limits.ODD_CHUNK_BYTES
     if chunk > limit or codes.count(_GZIP) > 1:
         raise UnsafeFileError(
-            f"{where} is stored in chunks of {limits.human(chunk)}, packed {len(codes)} times; at most {limits.human(limit)} "
+            f"{where} is stored in chunks of {limits.human(chunk)}, packed {len(codes)} times; at "
+            f"most {limits.human(limit)} "
             "and one compression are read. Re-save the weights with Keras, which uses no chunks."
         )
 

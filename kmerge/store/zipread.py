@@ -44,37 +44,38 @@ class Entry:
 
     def blocks(self, file: Descriptor) -> Iterator[bytes]:
         """The unpacked bytes block by block, held against size and checksum."""
-        unpack = zlib.decompressobj(-15) if self.deflated else None
         done = crc = 0
-        position, end = self.data, self.data + self.packed
-        while position < end or (unpack and unpack.unconsumed_tail):
-            if unpack and unpack.unconsumed_tail:
-                raw = unpack.unconsumed_tail
-            else:
-                raw = file.read(position, min(_BLOCK, end - position))
-                if not raw:
-                    raise FormatError(f"{self.label} is truncated: get the file again.")
-                position += len(raw)
-            try:
-                block = unpack.decompress(raw, _BLOCK) if unpack else raw
-            except zlib.error as error:
-                raise FormatError(
-                    f"{self.label} cannot be unpacked ({error}): the file is damaged, get it again."
-                ) from None
-            done += len(block)
-            crc = zlib.crc32(block, crc)
-            if done > self.size:
-                raise UnsafeFileError(
-                    f"{self.label} unpacks to more than the {self.size:,} bytes it claims: the zip is forged or damaged."
-                )
-            if block:
+        try:
+            for block in self._unpack(file):
+                done += len(block)
+                crc = zlib.crc32(block, crc)
+                if done > self.size:
+                    raise UnsafeFileError(
+                        f"{self.label} unpacks to more than the {self.size:,} bytes it claims: the zip is "
+                        "forged or damaged."
+                    )
                 yield block
-            if unpack and unpack.eof:
-                break
+        except zlib.error as error:
+            raise FormatError(
+                f"{self.label} cannot be unpacked ({error}): the file is damaged, get it again."
+            ) from None
         if done != self.size or crc != self.crc:
             raise FormatError(
                 f"{self.label} is damaged: its size or checksum is not what the zip says. Get the file again."
             )
+
+    def _unpack(self, file: Descriptor) -> Iterator[bytes]:
+        unpack = zlib.decompressobj(-15)
+        for offset in range(0, self.packed, _BLOCK):
+            raw = file.read(self.data + offset, min(_BLOCK, self.packed - offset))
+            if not self.deflated:
+                yield raw
+                continue
+            while raw and not unpack.eof:
+                yield unpack.decompress(raw, _BLOCK)
+                raw = unpack.unconsumed_tail
+        if self.deflated:
+            yield unpack.flush()
 
     def read(self, file: Descriptor, limit: int) -> bytes:
         """All unpacked bytes, at most `limit`."""
@@ -95,17 +96,19 @@ def read_directory(file: Descriptor) -> dict[str, Entry]:
         Members by name, in the order of the directory.
 
     Raises:
-        UnsafeFileError: if it holds too many members, one twice, encrypted ones, links, names that lead out of a folder, members
-            that overlap, or sizes that no honest compression reaches.
-        FormatError: if it is no zip, or one whose end is missing.
+        UnsafeFileError: if it holds too many members, one twice, links, names that lead out of a folder, members that
+            overlap, or sizes that no honest compression reaches.
+        FormatError: if it is no zip, one whose end is missing, or an encrypted one.
     """
     label = file.path.name
     if file.read(0, 4) not in ZIP_SIGNATURES:
         raise FormatError(f"{label} {what_else(file)}")
     start = _check_end(file, label)
     try:
-        with zipfile.ZipFile(Window(file.fd, 0, file.size)) as archive:
+        window = Window(file.fd, 0, file.size)
+        with zipfile.ZipFile(window) as archive:
             infos = archive.infolist()
+        window.check()
     except (zipfile.BadZipFile, ValueError, OSError, struct.error, NotImplementedError) as error:
         raise FormatError(f"{label} is a damaged zip ({error}): get it again.") from None
     if len(infos) > limits.MEMBERS:
@@ -204,7 +207,8 @@ def _check(file: Descriptor, info: zipfile.ZipInfo, label: str) -> Entry:
         or method != info.compress_type
     ):
         raise UnsafeFileError(
-            f"{where} is named or packed differently in its own header and in the directory: the zip is forged or damaged."
+            f"{where} is named or packed differently in its own header and in the directory: the zip "
+            "is forged or damaged."
         )
     streamed = flags & 8 and packed == 0  # sizes follow the data
     if not streamed and 0xFFFFFFFF not in (packed, size) and (packed, size) != (info.compress_size, info.file_size):

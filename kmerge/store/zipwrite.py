@@ -100,7 +100,8 @@ def directory(members: list[Member], start: int) -> bytes:
 def crc32_combine(first: int, second: int, length: int) -> int:
     """The CRC-32 of two pieces in a row, from the sums of each.
 
-    A CRC is a remainder of polynomials over GF(2): appending n bytes multiplies the first remainder by x^(8n), and the sums add.
+    A CRC is a remainder of polynomials over GF(2): appending n bytes multiplies the first remainder by x^(8n), and
+    the sums add.
 
     Args:
         first: CRC-32 of the first piece.
