@@ -27,8 +27,11 @@ class LayerComparison:
         name, class_name: in the first source.
         names: in every source, None where one has no counterpart.
         difference: what forbids sharing it, "" where nothing does.
+        differs: in one word: place, shape, configuration, call or state; "" where nothing does. A layer of which only
+            the state differs stays private by itself.
         cosine: mean over pairs of sources, None without weights to compare.
         lowest: the lowest of the pairs.
+        kernels: whether kernels were compared; biases and scales are alike in every network, and tell little.
         trunk_can_end: whether a trunk up to and including this layer can be shared.
         default: whether the default trunk holds it.
     """
@@ -37,8 +40,10 @@ class LayerComparison:
     class_name: str
     names: tuple[str | None, ...]
     difference: str
+    differs: str
     cosine: float | None
     lowest: float | None
+    kernels: bool
     trunk_can_end: bool
     default: bool
 
@@ -71,14 +76,17 @@ def compare_sources(layout: Layout) -> Comparison:
     everything = list(range(len(graph.layers)))
     cosines = {item.layer: item for item in layer_cosines(layout, everything)}
     differences: dict[int, str] = {}
+    kinds: dict[int, str] = {}
     for number in everything:
         found = layout.difference(number)
         if found:
             source, different = found
+            kinds[number] = different.kind
             if different.kind == "place":
                 differences[number] = f"no counterpart in '{source.label}'"
             else:
                 differences[number] = different.sentence(layout.first.label, source.label)
+    blocking = {number for number, kind in kinds.items() if kind != "state"}
     heads = head_layers(layout.first)
     layers = []
     for number in everything:
@@ -95,22 +103,24 @@ def compare_sources(layout: Layout) -> Comparison:
                 class_name=layer.class_name,
                 names=names,
                 difference=differences.get(number, ""),
+                differs=kinds.get(number, ""),
                 cosine=item.mean if item is not None and known else None,
                 lowest=item.lowest if item is not None and known else None,
-                trunk_can_end=not any(other in differences for other in above) and not layer.is_input,
+                kernels=item is not None and item.kernels,
+                trunk_can_end=not blocking & above and number not in differences and not layer.is_input,
                 default=number not in heads,
             )
         )
     trunk = [item for number, item in cosines.items() if number not in heads] or list(cosines.values())
-    found = ancestry(trunk)
+    kinship = ancestry(trunk)
     sizes = {len(source_graph(source).layers) for source in layout.sources}
     return Comparison(
         labels=tuple(source.label for source in layout.sources),
         layers=tuple(layers),
         same_network=not differences and len(sizes) == 1,
-        ancestry=found,
+        ancestry=kinship,
         identical=_identical(layout),
-        meaning=MEANING[found.related],
+        meaning=MEANING[kinship.related],
     )
 
 
