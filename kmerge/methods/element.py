@@ -29,7 +29,7 @@ def pick(stack: Array, *, weights: Array, label: str | None = None, labels: Sequ
     >>> pick(np.array([[1., 2.], [3., 4.]]), weights=np.array([.5, .5]), label="b", labels=["a", "b"])
     array([3., 4.])
     """
-    return stack[picked(label, labels)].copy()
+    return stack[picked(label, labels), ...].copy()
 
 
 def picked(label: str | None, labels: Sequence[str]) -> int:
@@ -50,8 +50,8 @@ def mean(stack: Array, *, weights: Array) -> Array:
         weights: importance, shape (n,), sums to 1. A source of weight 0 is left out, whatever it holds.
 
     Returns:
-        Merged value, shape (*shape), dtype of `stack`. Computed as x_1 + Σ w_i (x_i - x_1), so equal sources give
-        exactly themselves.
+        Merged value, shape (*shape), dtype of `stack`. Computed as x_1 - Σ w_i (x_1 - x_i), so equal sources give
+        exactly themselves, the sign of a zero included.
 
     >>> mean(np.array([[1., 2.], [3., 6.]]), weights=np.array([.75, .25]))
     array([1.5, 3. ])
@@ -61,11 +61,10 @@ def mean(stack: Array, *, weights: Array) -> Array:
     result = np.zeros_like(first)
     change = np.empty_like(first)
     for index in used[1:]:
-        np.subtract(stack[index], first, out=change)
+        np.subtract(first, stack[index], out=change)
         change *= stack.dtype.type(weights[index])
         result += change
-    result += first
-    return result
+    return np.subtract(first, result, out=result)
 
 
 @method("median", paper="robust statistics: coordinate-wise (weighted) median")
@@ -85,7 +84,7 @@ def median(stack: Array, *, weights: Array) -> Array:
     """
     used = np.flatnonzero(weights)
     stack, weights = stack[used], weights[used]
-    if np.allclose(weights, weights[0], rtol=1e-12):
+    if np.allclose(weights, weights[0], rtol=1e-12, atol=0):
         ordered = np.sort(stack, axis=0)
         low, high = ordered[(len(stack) - 1) // 2], ordered[len(stack) // 2]
     else:
@@ -94,4 +93,4 @@ def median(stack: Array, *, weights: Array) -> Array:
         below = np.cumsum(weights[order], axis=0)
         low = np.take_along_axis(ordered, np.argmax(below >= 0.5 - 1e-12, axis=0)[None], axis=0)[0]
         high = np.take_along_axis(ordered, np.argmax(below > 0.5 + 1e-12, axis=0)[None], axis=0)[0]
-    return np.asarray(low + (high - low) / stack.dtype.type(2), dtype=stack.dtype)
+    return np.asarray(low - (low - high) / stack.dtype.type(2), dtype=stack.dtype)

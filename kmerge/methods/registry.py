@@ -99,8 +99,9 @@ def normalise_weights(weights: Any, count: int) -> NDArray[np.float64]:
     values = np.asarray(list(weights), dtype=np.float64)
     if values.shape != (count,):
         raise MethodError(f"There are {values.size} weights for {count} sources: give one number per source.")
-    if not np.all(np.isfinite(values)) or np.any(values < 0) or values.sum() <= 0:
+    if not np.all(np.isfinite(values)) or np.any(values < 0) or not values.any():
         raise MethodError(
             f"The weights are {', '.join(f'{value:g}' for value in values)}: give numbers of at least 0, not all 0."
         )
-    return values / values.sum()
+    values /= values.max()  # their sum could be beyond the largest number
+    return np.asarray(values / values.sum())
