@@ -223,10 +223,13 @@ def test_names_are_joined(tmp_path: Path) -> None:
         file.attrs["layer_names0"] = [b"a", b"b"]
         file.attrs["layer_names1"] = [b"c"]
         file.create_group("g").attrs["weight_names"] = []
+        file.create_group("h").attrs["weight_names"] = [1, 2]
     with open_hdf5(tmp_path / "a.h5") as weights:
         assert weights.names_attribute("", "layer_names") == ["a", "b", "c"]
         assert weights.names_attribute("g", "weight_names") == []
         assert weights.names_attribute("", "weight_names") == []
+        with pytest.raises(FormatError, match=r"a\.h5: 'h': attribute 'weight_names' holds 1 where"):
+            weights.names_attribute("h", "weight_names")
     assert identify(tmp_path / "a.h5") is Kind.H5_WEIGHTS
 
 

@@ -4,6 +4,7 @@ import os
 import socket
 import time
 import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -204,6 +205,20 @@ def test_json_is_checked_in_linear_time() -> None:
     with pytest.raises(FormatError):
         read_json(data, "x.json")
     assert time.process_time() - start < 60  # a quadratic scan would take days
+
+
+@pytest.mark.parametrize("name", hostile.STRANGERS)
+def test_strangers_within_an_archive_are_named(name: str, tmp_path: Path) -> None:
+    data, _ = hostile.STRANGERS[name]
+    path = hostile.model_zip(tmp_path / "m.keras")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("config.json", "{}")
+        archive.writestr("model.weights.h5", data)
+    if name in ("data", "no config"):  # HDF5 it is
+        return
+    with pytest.raises(FormatError, match=r"^m\.keras/model\.weights\.h5 ") as error:
+        open_archive(path)
+    assert "cannot be opened" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", hostile.STRANGERS)

@@ -113,17 +113,31 @@ def text(value: bytes | str | int) -> str:
     return value if isinstance(value, str) else ""  # HDF5 gives 0 for a string without data
 
 
-def join_names(attributes: dict[str, AttributeValue], name: str) -> list[str]:
-    """Join a list of names that Keras may have split into `name0`, `name1`, …; [] if there is none."""
-    if name in attributes:
-        value = attributes[name]
-        return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+def join_names(attributes: dict[str, AttributeValue], name: str, where: str) -> list[str]:
+    """Join a list of names that Keras may have split into `name0`, `name1`, …; [] if there is none.
+
+    Args:
+        attributes: of a group.
+        name: of the list.
+        where: file and group, for messages.
+
+    Returns:
+        The names.
+
+    Raises:
+        FormatError: if there is something other than names.
+    """
+    pieces = [attributes[name]] if name in attributes else []
+    while name not in attributes and f"{name}{len(pieces)}" in attributes:
+        pieces.append(attributes[f"{name}{len(pieces)}"])
     names: list[str] = []
-    index = 0
-    while f"{name}{index}" in attributes:
-        value = attributes[f"{name}{index}"]
-        names.extend(str(item) for item in (value if isinstance(value, list) else [value]))
-        index += 1
+    for piece in pieces:
+        for item in piece if isinstance(piece, list) else [piece]:
+            if not isinstance(item, str):
+                raise FormatError(
+                    f"{where}: attribute {name!r} holds {item!r} where a name belongs. Get the file again."
+                )
+            names.append(item)
     return names
 
 

@@ -13,7 +13,7 @@ from kmerge.errors import FormatError
 from kmerge.store import limits
 from kmerge.store.attributes import AttributeValue, read_attributes, text
 from kmerge.store.headers import string_bytes
-from kmerge.store.rawio import Descriptor, Window, open_regular
+from kmerge.store.rawio import Descriptor, Part, Window, open_regular
 from kmerge.store.sniff import hdf5_start, what_else
 from kmerge.store.tensors import cache_for
 from kmerge.store.walk import Walk, check_compressed, refuse_link, too_many
@@ -36,6 +36,10 @@ class Hdf5Weights(Weights):
         self.path, self.label = file.path, label
         self.file, self.start = file, start
         self.size = file.size - start if size is None else size
+        self._part = Part(file, start, self.size)
+        if hdf5_start(self._part) is None:
+            within = "" if label == file.path.name else " The model it belongs to is damaged, get it again."
+            raise FormatError(f"{label} {what_else(self._part)}{within}")
         self._lock = threading.RLock()
         self._checked: set[bytes] = set()
         self._datasets: OrderedDict[bytes, h5d.DatasetID] = OrderedDict()
@@ -113,7 +117,9 @@ class Hdf5Weights(Weights):
         loc = self._root
         for part in _parts(group):
             if not loc.links.exists(part):
-                raise FormatError(f"{self.label} has no group {group!r}.")
+                raise FormatError(
+                    f"{self.label} has no group {group!r}: {text(part)!r} is missing. Get the file again."
+                )
             loc = self._enter(loc, part, group)
             if not isinstance(loc, h5g.GroupID):
                 raise FormatError(f"{self.where(group)}: {text(part)!r} is no group.")
@@ -127,12 +133,9 @@ class Hdf5Weights(Weights):
         """A bound of the bytes of an attribute that is a list of `count` strings."""
         bound = count * self.size
         if bound > limits.ATTRIBUTE_BYTES:
-            found = string_bytes(self._read, h5o.get_info(loc).addr, self._h5.userblock_size, name)
+            found = string_bytes(self._part.read, h5o.get_info(loc).addr, self._h5.userblock_size, name)
             bound = bound if found is None else found
         return bound
-
-    def _read(self, offset: int, count: int) -> bytes:
-        return self.file.read(self.start + offset, min(count, max(0, self.size - offset)))
 
     def links(self, loc: h5g.GroupID, group: str) -> list[tuple[bytes, tuple[int, int]]]:
         if loc.get_num_objs() > limits.OBJECTS:
@@ -179,8 +182,6 @@ def open_hdf5(path: str | Path) -> Weights:
     path = Path(path)
     file = open_regular(path)
     try:
-        if hdf5_start(file) is None:
-            raise FormatError(f"{path.name} {what_else(file)}")
         return Hdf5Weights(file, path.name)
     except BaseException:
         file.close()

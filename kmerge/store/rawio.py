@@ -61,6 +61,25 @@ class Descriptor:
         self.close()
 
 
+class Part:
+    """A range of an open file that is looked at as if it were a file of its own.
+
+    Args:
+        file: open file, not owned.
+        start: first byte.
+        size: how many bytes.
+    """
+
+    __slots__ = ("_file", "_start", "size")
+
+    def __init__(self, file: Descriptor, start: int, size: int) -> None:
+        self._file, self._start, self.size = file, start, size
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Up to `count` bytes from `offset` on; never more than the part holds."""
+        return self._file.read(self._start + offset, max(0, min(count, self.size - offset)))
+
+
 def read_at(fd: int, offset: int, view: memoryview) -> int:
     """Fill `view` from `offset` on and return how many bytes there were."""
     done, wanted = 0, len(view)

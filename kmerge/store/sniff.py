@@ -3,7 +3,7 @@
 import pickletools
 import struct
 
-from kmerge.store.rawio import Descriptor
+from kmerge.store.rawio import Descriptor, Part
 
 HDF5_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 ZIP_SIGNATURES = (b"PK\x03\x04", b"PK\x05\x06")
@@ -29,7 +29,7 @@ _MAGIC = (
 _RESAVE = "save the model with Keras (model.save('model.keras')) and give that file."
 
 
-def hdf5_start(file: Descriptor) -> int | None:
+def hdf5_start(file: Descriptor | Part) -> int | None:
     """Where the HDF5 signature stands: at 0, or behind a user block of 512, 1024, 2048, … bytes; None if nowhere."""
     if file.read(0, 4) in ZIP_SIGNATURES:  # a member may stand just where HDF5 looks for a file behind a user block
         return None
@@ -41,7 +41,7 @@ def hdf5_start(file: Descriptor) -> int | None:
     return None
 
 
-def what_else(file: Descriptor) -> str:
+def what_else(file: Descriptor | Part) -> str:
     """Say what a file is that holds no model, and how to go on: the rest of a sentence that starts with its name."""
     head = file.read(0, 4096)
     if not file.size:

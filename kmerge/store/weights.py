@@ -56,7 +56,7 @@ class Weights:
 
     def names_attribute(self, group: str, name: str) -> list[str]:
         """A list of names stored as an attribute, joined where Keras split it; [] if there is none."""
-        return join_names(self.attributes(group), name)
+        return join_names(self.attributes(group), name, f"{self.path.name}: {group!r}" if group else self.path.name)
 
     def close(self) -> None:
         raise NotImplementedError
