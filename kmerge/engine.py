@@ -6,9 +6,9 @@ import json
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 from blake3 import blake3
@@ -16,6 +16,7 @@ from blake3 import blake3
 from kmerge.dialects.vocabulary import WeightKind
 from kmerge.errors import MergeError
 from kmerge.methods import get_method, picked, pooled_mean, pooled_variance
+from kmerge.methods.element import mean_in_place
 from kmerge.methods.registry import Array
 from kmerge.progress import Progress, silent
 from kmerge.source import Source, Weight
@@ -23,8 +24,11 @@ from kmerge.store import numpy_dtype
 
 LEAF = 65_536
 """Entries of a weight that are read and digested together."""
-BLOCK_BYTES = 2 * 2**20
-"""Bytes of all sources together that one thread holds at a time."""
+BLOCK_BYTES = 3 * 2**20
+"""Bytes of all sources together that one thread holds at a time. With less, threads wait for Python's lock more often;
+with more, the bytes leave the core's cache before they are written: benchmarks/README.md has the times."""
+_PULSE = 0.01
+"""Seconds between two calls of `progress`."""
 
 
 class Output(Protocol):
@@ -118,39 +122,34 @@ def merge_tensors(
     share = np.asarray(weights, dtype=np.float64)
     labels = [source.label for source in sources]
     digests = Digests.of(sources)
-    worker = _Worker(share, labels, output, digests, _places(sources))
+    worker = _Worker(share, labels, output, digests, _places(sources), _units(targets))
     total = sum(weight.tensor.nbytes for source in sources for state in source.states for weight in state.weights)
     count = threads or min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4)
-    done = 0
-    stop = threading.Event()
-    worker.stop = stop
 
     with ThreadPoolExecutor(count, thread_name_prefix="kmerge") as pool:
-        waiting: set[Future[int]] = set()
         try:
-            for unit in _units(targets, len(sources)):
-                waiting.add(pool.submit(worker.run, unit))
-                if len(waiting) >= 4 * count:
-                    finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                    done += sum(item.result() for item in finished)
-                    progress(done, total)
-            for item in waiting:
-                done += item.result()
-                progress(done, total)
+            running = {pool.submit(worker.run) for _ in range(count)}
+            while running:
+                finished, running = wait(running, _PULSE, FIRST_EXCEPTION)
+                for item in finished:
+                    item.result()
+                progress(worker.done, total)
         except BaseException:
-            stop.set()
-            for item in waiting:
-                item.cancel()
+            worker.stop.set()
             raise
     progress(total, total)
     return tuple(digests.result(number, source) for number, source in enumerate(sources))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Unit:
+    """Some leaves of one weight of the output: what a thread merges before it asks for more."""
+
     target: Target
     start: int
     stop: int
+    step: int
+    """Entries that are merged at a time: leaves, or even parts of one."""
 
 
 def _places(sources: Sequence[Source]) -> list[dict[int, str]]:
@@ -161,40 +160,62 @@ def _places(sources: Sequence[Source]) -> list[dict[int, str]]:
     ]
 
 
-def _units(targets: Iterable[Target], num_sources: int) -> Iterator[_Unit]:
-    """The targets in pieces of whole leaves, small enough that all sources' pieces fit in one block."""
+def _units(targets: Iterable[Target]) -> Iterator[_Unit]:
+    """The targets in pieces of whole leaves, to be merged in steps of which all sources' entries fit in one block."""
     for target in targets:
         size = target.weight.tensor.size
-        width = max(1, numpy_dtype(target.weight.tensor.dtype).itemsize)
-        step = max(1, BLOCK_BYTES // (len(target.members) * width * LEAF)) * LEAF
-        for start in range(0, max(size, 1), step):
-            yield _Unit(target, start, min(start + step, size))
+        width = max(numpy_dtype(weight.tensor.dtype).itemsize for _, weight in target.members)
+        step = LEAF
+        while step > 1024 and len(target.members) * width * step > BLOCK_BYTES:
+            step //= 2
+        leaves = max(1, BLOCK_BYTES // (len(target.members) * width * LEAF))
+        for start in range(0, max(size, 1), leaves * LEAF):
+            stop = min(start + leaves * LEAF, size)
+            yield _Unit(target, start, stop, step if leaves == 1 else leaves * LEAF)
 
 
 class _Worker:
     """What the threads share, and each thread's own buffers."""
 
-    stop: threading.Event
-
     def __init__(
-        self, share: Array, labels: Sequence[str], output: Output, digests: Digests, places: Sequence[Mapping[int, str]]
+        self,
+        share: Array,
+        labels: Sequence[str],
+        output: Output,
+        digests: Digests,
+        places: Sequence[Mapping[int, str]],
+        units: Iterator[_Unit],
     ) -> None:
         self.share, self.labels, self.output = share, labels, output
+        self.used = np.flatnonzero(share)
         self.digests, self.places = digests, places
+        self.units, self.lock, self.done = units, threading.Lock(), 0
+        self.stop = threading.Event()
         self.local = threading.local()
 
-    def run(self, unit: _Unit) -> int:
-        """Merge one piece of one weight; returns the bytes read."""
-        if self.stop.is_set():
-            return 0
-        target, length = unit.target, unit.stop - unit.start
-        stored = numpy_dtype(target.weight.tensor.dtype)
-        stack = self._buffer(len(target.members), length, stored)
+    def run(self) -> None:
+        """Merge unit after unit until none is left; one call per thread."""
         read = 0
-        for row, (source, weight) in zip(stack, target.members, strict=True):
-            read += self._read(row, source, weight, unit)
-        result = self._merge(target, stack, unit)
-        self.output.write(target.key, unit.start, result)
+        while not self.stop.is_set():
+            with self.lock:
+                self.done += read
+                unit = next(self.units, None)
+            if unit is None:
+                return
+            read = self._run(unit)
+
+    def _run(self, unit: _Unit) -> int:
+        """Merge one unit, step by step; returns the bytes read."""
+        target = unit.target
+        stored = numpy_dtype(target.weight.tensor.dtype)
+        parts = [blake3() if unit.step < LEAF else None for _ in target.members]
+        read = 0
+        for start in range(unit.start, max(unit.stop, 1), unit.step):
+            stop = min(start + unit.step, unit.stop)
+            stack = self._buffer(len(target.members), stop - start, stored)
+            for row, (source, weight), part in zip(stack, target.members, parts, strict=True):
+                read += self._read(row, source, weight, start, part)
+            self.output.write(target.key, start, self._merge(target, stack, start))
         return read
 
     def _buffer(self, rows: int, length: int, dtype: Any) -> Array:
@@ -203,69 +224,90 @@ class _Worker:
         if memory is None or memory.nbytes < needed:
             memory = np.empty(needed, dtype=np.uint8)
             self.local.memory = memory
-        return memory[:needed].view(dtype).reshape(rows, length)
+        stack: Array = memory[:needed].view(dtype).reshape(rows, length)
+        return stack
 
-    def _read(self, row: Array, source: int, weight: Weight, unit: _Unit) -> int:
-        """One source's piece into its row, digested leaf by leaf; another dtype is converted."""
+    def _read(self, row: Array, source: int, weight: Weight, start: int, part: Any) -> int:
+        """One source's entries into its row, digested leaf by leaf; another dtype is converted.
+
+        `part` is the state of a leaf that is read in several steps, None where whole leaves are read.
+        """
         own = numpy_dtype(weight.tensor.dtype)
         values = row if own == row.dtype else np.empty(row.shape, dtype=own)
-        weight.tensor.read_into(unit.start, values)
+        weight.tensor.read_into(start, values)
         leaves = self.digests.leaves[source][self.places[source][id(weight)]]
-        first = unit.start // LEAF
-        raw = values.view(np.uint8)
-        step = LEAF * own.itemsize
-        for number in range(max(1, -(-values.size // LEAF))):
-            leaves[first + number] = blake3(raw[number * step : (number + 1) * step]).digest()
+        first = start // LEAF
+        raw = memoryview(values.view(np.uint8))  # type: ignore[arg-type]
+        if part is None:
+            step = LEAF * own.itemsize
+            for number in range(max(1, -(-values.size // LEAF))):
+                leaves[first + number] = blake3(raw[number * step : (number + 1) * step]).digest()
+        else:
+            part.update(raw)
+            stop = start + values.size
+            if stop % LEAF == 0 or stop == weight.tensor.size:
+                leaves[first] = part.digest()
         if values is not row:
             row[:] = values.astype(row.dtype)
-        return weight.tensor.nbytes if values.size == weight.tensor.size else raw.nbytes
+        return raw.nbytes
 
-    def _merge(self, target: Target, stack: Array, unit: _Unit) -> Array:
-        if target.role == "private" or len(target.members) == 1:
-            return stack[0]
+    def _merge(self, target: Target, stack: Array, start: int) -> Array:
+        """The merged entries; what `stack` holds is lost."""
         kind = target.weight.kind
+        row: Array = stack[0]
+        if target.role == "private" or len(target.members) == 1:
+            return row
         method = get_method(target.method)
         if method.name == "pick":
-            return stack[picked(target.options.get("label"), self.labels)]
+            row = stack[picked(target.options.get("label"), self.labels)]
+            return row
         if kind in (WeightKind.STATE, WeightKind.LEARNED):
-            return stack[0]
+            return row
         with np.errstate(all="ignore"):
-            result = self._combine(target, stack, unit, kind)
-        self._check(target, stack, result)
+            result = self._combine(target, stack, start, kind)
+            finite = _finite(result)
+        if not finite:
+            self._explain(target, start, result)
         return result
 
-    def _combine(self, target: Target, stack: Array, unit: _Unit, kind: WeightKind) -> Array:
-        used = np.flatnonzero(self.share)
-        share = self.share[used]
+    def _combine(self, target: Target, stack: Array, start: int, kind: WeightKind) -> Array:
+        used, share = self.used, self.share[self.used]
         if kind is WeightKind.MEAN:
             return pooled_mean(stack[used], weights=share).astype(stack.dtype)
         if kind is WeightKind.VARIANCE:
-            means = np.empty((len(target.means), unit.stop - unit.start), dtype=np.float64)
-            for row, weight in zip(means, target.means, strict=True):
-                values = np.empty(row.shape, dtype=numpy_dtype(weight.tensor.dtype))
-                weight.tensor.read_into(unit.start, values)
-                row[:] = values.astype(np.float64)
+            means = np.stack([_read(weight, start, stack.shape[1]).astype(np.float64) for weight in target.means])
             return pooled_variance(means[used], stack[used].astype(np.float64), weights=share).astype(stack.dtype)
-        working = stack if stack.dtype in (np.float32, np.float64, np.complex64, np.complex128) else stack.astype(np.float32)
-        merged = get_method(target.method).function(working, weights=self.share, **target.options)
+        plain = stack.dtype in (np.float32, np.float64, np.complex64, np.complex128)
+        working = stack if plain else stack.astype(np.float32)
+        if target.method == "mean":
+            merged = mean_in_place(working, self.share)
+        else:
+            merged = get_method(target.method).function(working, weights=self.share, **target.options)
         return merged.astype(stack.dtype, copy=False)
 
-    def _check(self, target: Target, stack: Array, result: Array) -> None:
-        """Raise if the merged values are not finite: such a trunk would be lost for every source."""
-        plain = result if result.dtype.kind in "fc" else result.astype(np.float32)
-        with np.errstate(all="ignore"):
-            if np.isfinite(np.vdot(plain, plain)) or np.all(np.isfinite(plain)):
-                return
-        for number, row in enumerate(stack):
-            if self.share[number] and not np.all(np.isfinite(row.astype(np.float64))):
-                label = self.labels[number]
+    def _explain(self, target: Target, start: int, result: Array) -> NoReturn:
+        """Raise because merged values are not finite: such a trunk would be lost for every source."""
+        for source, weight in target.members:
+            if self.share[source] and not np.all(np.isfinite(_read(weight, start, result.size).astype(np.float64))):
+                label = self.labels[source]
                 raise MergeError(
-                    f"layer '{target.layer}': {target.weight.name} of '{label}' holds values that are not finite numbers "
-                    f"(NaN or infinity), and merging would spread them to every source. "
+                    f"layer '{target.layer}': {target.weight.name} of '{label}' holds values that are not finite "
+                    f"numbers (NaN or infinity), and merging would spread them to every source. "
                     f"Leave '{label}' out, or keep the layer per source with --private {target.layer}."
                 )
         raise MergeError(
-            f"layer '{target.layer}': merging {target.weight.name} overflows {stack.dtype}. "
+            f"layer '{target.layer}': merging {target.weight.name} overflows {result.dtype}. "
             f"Keep the layer per source with --private {target.layer}."
         )
 
+
+def _read(weight: Weight, start: int, count: int) -> Array:
+    values = np.empty(count, dtype=numpy_dtype(weight.tensor.dtype))
+    weight.tensor.read_into(start, values)
+    return values
+
+
+def _finite(values: Array) -> bool:
+    """Whether all are finite; their sum, which is quick, usually tells it."""
+    plain = values if values.dtype.kind in "fc" else values.astype(np.float32)
+    return bool(np.isfinite(np.add.reduce(plain)) or np.all(np.isfinite(plain)))

@@ -56,15 +56,19 @@ def mean(stack: Array, *, weights: Array) -> Array:
     >>> mean(np.array([[1., 2.], [3., 6.]]), weights=np.array([.75, .25]))
     array([1.5, 3. ])
     """
+    return mean_in_place(stack.copy(), weights)
+
+
+def mean_in_place(stack: Array, weights: Array) -> Array:
+    """What `mean` does, in the memory of `stack`, whose values are lost; the result lies in it."""
     used = np.flatnonzero(weights)
-    first = stack[used[0]]
-    result = np.zeros_like(first)
-    change = np.empty_like(first)
-    for index in used[1:]:
-        np.subtract(first, stack[index], out=change)
-        change *= stack.dtype.type(weights[index])
-        result += change
-    return np.subtract(first, result, out=result)
+    first, others = stack[used[0], ...], [stack[index, ...] for index in used[1:]]
+    for row, weight in zip(others, weights[used[1:]], strict=True):
+        np.subtract(first, row, out=row)
+        row *= stack.dtype.type(weight)
+    for row in others[1:]:
+        others[0] += row
+    return np.subtract(first, others[0], out=first) if others else first
 
 
 @method("median", paper="robust statistics: coordinate-wise (weighted) median")
