@@ -140,8 +140,7 @@ def _keras3(merged: Merged, sources: Sequence[Source]) -> tuple[Layout, tuple[Ta
     targets: list[Target] = []
     assets: dict[str, Asset] = {}
     counts: dict[str, int] = {}
-    if named:
-        groups["vars"] = {"name": merged.graph.name}
+    groups["vars"] = {"name": merged.graph.name} if named else {}
     for index in layer_order(merged.graph):
         layer, origin = merged.graph.layers[index], merged.layers[index]
         if layer.is_operation:
@@ -152,9 +151,8 @@ def _keras3(merged: Merged, sources: Sequence[Source]) -> tuple[Layout, tuple[Ta
         path = f"layers/{snake}_{number}" if number else f"layers/{snake}"
         state = sources[origin.members[0][0]].states[origin.members[0][1]] if origin.members else State()
         inner = dict(state.groups)
-        if named:
-            inner.setdefault("", {})
-            inner["vars"] = {**inner.get("vars", {}), "name": layer.name}
+        inner.setdefault("", {})
+        inner["vars"] = {**inner.get("vars", {}), "name": layer.name} if named else dict(inner.get("vars", {}))
         groups |= {f"{path}/{local}".rstrip("/"): items for local, items in inner.items()}
         places = [(weight, f"{path}/{weight.key}") for weight in state.weights]
         for weight, key in places:

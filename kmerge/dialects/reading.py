@@ -57,9 +57,9 @@ def dialect_of(config: Mapping[str, Any]) -> Dialect:
         return Dialect.KERAS3
     for entry in _entries(config):
         if isinstance(entry, Mapping):
-            for node in entry.get("inbound_nodes") or []:
-                if isinstance(node, Mapping) and "args" in node:
-                    return Dialect.KERAS3_H5
+            nodes = entry.get("inbound_nodes")
+            if isinstance(nodes, list) and any(isinstance(node, Mapping) and "args" in node for node in nodes):
+                return Dialect.KERAS3_H5
             inner = entry.get("config")
             if isinstance(inner, Mapping) and ("batch_shape" in inner or _is_policy(inner.get("dtype"))):
                 return Dialect.KERAS3_H5
@@ -226,7 +226,9 @@ def _read_functional(model: Mapping[str, Any], dialect: Dialect, depth: int) -> 
     nodes: list[list[Any]] = []
     for number, entry in enumerate(config["layers"]):
         layer, identity = _layer(entry, name)
-        if not layer.name or layer.name in numbers:
+        if not layer.name:
+            raise GraphError(f"The configuration of '{name}' lists a {layer.class_name} without a name.")
+        if layer.name in numbers:
             raise GraphError(f"The configuration of '{name}' has two layers named '{layer.name}': names must be unique.")
         if _keeps_graph(entry):
             models[number] = read_model(entry, dialect, depth + 1)
@@ -265,7 +267,12 @@ def _read_functional(model: Mapping[str, Any], dialect: Dialect, depth: int) -> 
             raise GraphError(f"'{name}' names '{layers[calls[ref.call].layer].name}' as input, which is no input layer.")
     if not refs(outputs):
         raise GraphError(f"'{name}' has no outputs.")
-    return Nested(sort_calls(Graph(name, tuple(layers), calls, inputs, outputs)), models, identities)
+    graph = sort_calls(Graph(name, tuple(layers), calls, inputs, outputs))
+    for call in graph.calls:
+        layer = layers[call.layer]
+        if not layer.is_input and not refs(call.arguments):
+            raise GraphError(f"Layer '{layer.name}' of '{name}' is called on no tensor: the graph cannot be followed.")
+    return Nested(graph, models, identities)
 
 
 @dataclass(frozen=True)
@@ -319,7 +326,10 @@ def _arguments(node: Any, numbers: Mapping[str, int], dialect: Dialect) -> Any:
     if node is None:
         return None
     if isinstance(node, Mapping) and "args" in node:
-        return {"args": _revive(node["args"]), "kwargs": _revive(node.get("kwargs") or {})}
+        args, kwargs = node["args"], node.get("kwargs") or {}
+        if not isinstance(args, list) or not isinstance(kwargs, Mapping):
+            raise GraphError("A call has arguments that are no list, or keywords that are no object.")
+        return {"args": _revive(args), "kwargs": _revive(kwargs)}
     arguments = _pairs(node, numbers)
     if dialect is not Dialect.KERAS2:
         tensors = [pair[0] for pair in arguments] if isinstance(arguments, list) else []
@@ -332,14 +342,24 @@ def _revive(value: Any) -> Any:
         if value.get("class_name") == "__keras_tensor__":
             config = value.get("config")
             history = config.get("keras_history") if isinstance(config, Mapping) else None
-            if not (isinstance(history, list) and len(history) == 3 and isinstance(history[0], str)):
+            if not (_is_history(history) and isinstance(config, Mapping)):
                 raise GraphError("A call's argument is a tensor without a history: the graph cannot be followed.")
             dtype = config.get("dtype")
-            return _Name(history[0], int(history[1]), int(history[2]), _shape(config.get("shape")), dtype)
+            return _Name(*history, _shape(config.get("shape")), dtype if isinstance(dtype, str) else None)
         return {key: _revive(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_revive(item) for item in value]
     return value
+
+
+def _is_history(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and isinstance(value[0], str)
+        and isinstance(value[1], int)
+        and isinstance(value[2], int)
+    )
 
 
 def _pairs(node: Any, numbers: Mapping[str, int]) -> Any:
@@ -485,6 +505,11 @@ def dissolve(root: Nested) -> Dissolved:
     place = {index: number for number, index in enumerate(kept)}
     calls = [replace(call, layer=place[call.layer]) for call in graph.calls]
     graph = replace(graph, layers=tuple(layers[index] for index in kept), calls=tuple(calls))
+    given = {ref.call for ref in refs(graph.inputs)}
+    for number, call in enumerate(graph.calls):
+        if graph.layers[call.layer].is_input and number not in given:
+            name = graph.layers[call.layer].name
+            raise GraphError(f"'{graph.name}' depends on the input '{name}', which is not among its inputs.")
     return Dissolved(graph, tuple(addresses[index] for index in kept))
 
 

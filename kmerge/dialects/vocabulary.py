@@ -74,6 +74,7 @@ RANDOM = frozenset(
         "RandomTranslation",
         "RandomWidth",
         "RandomZoom",
+        "Solarization",
     }
 )
 """Layers that draw random numbers while training."""
@@ -102,7 +103,8 @@ def weight_specs(class_name: str, config: Mapping[str, Any]) -> tuple[WeightSpec
             _W("moving_variance", False, WeightKind.VARIANCE),
         )
         if config.get("renorm"):
-            specs += (_W("renorm_mean", False, WeightKind.STATE), _W("renorm_stddev", False, WeightKind.STATE))
+            training = ("moving_stddev", "renorm_mean", "renorm_stddev")
+            specs += tuple(_W(name, False, WeightKind.STATE) for name in training)
         return specs
     if class_name in ("Dense", "EinsumDense"):
         return (_W("kernel"), *_bias(config)) if class_name == "Dense" else _einsum(config)
@@ -142,7 +144,65 @@ def _einsum(config: Mapping[str, Any]) -> tuple[WeightSpec, ...]:
 
 
 _WEIGHTLESS = frozenset(
-    ["InputLayer", "Activation", "ReLU", "LeakyReLU", "ELU", "Softmax", "ThresholdedReLU", "Flatten", "Reshape", "Permute", "RepeatVector", "Masking", "Concatenate", "Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum", "Dot", "Identity", "Rescaling", "Resizing", "CenterCrop", "MaxPooling1D", "MaxPooling2D", "MaxPooling3D", "AveragePooling1D", "AveragePooling2D", "AveragePooling3D", "GlobalMaxPooling1D", "GlobalMaxPooling2D", "GlobalMaxPooling3D", "GlobalAveragePooling1D", "GlobalAveragePooling2D", "GlobalAveragePooling3D", "AdaptiveAveragePooling1D", "AdaptiveAveragePooling2D", "AdaptiveAveragePooling3D", "AdaptiveMaxPooling1D", "AdaptiveMaxPooling2D", "AdaptiveMaxPooling3D", "UpSampling1D", "UpSampling2D", "UpSampling3D", "ZeroPadding1D", "ZeroPadding2D", "ZeroPadding3D", "Cropping1D", "Cropping2D", "Cropping3D", "ActivityRegularization", "UnitNormalization", "CategoryEncoding", "Hashing", "HashedCrossing", "Lambda"]
+    [
+        "InputLayer",
+        "Activation",
+        "ReLU",
+        "LeakyReLU",
+        "ELU",
+        "Softmax",
+        "ThresholdedReLU",
+        "Flatten",
+        "Reshape",
+        "Permute",
+        "RepeatVector",
+        "Masking",
+        "Concatenate",
+        "Add",
+        "Subtract",
+        "Multiply",
+        "Average",
+        "Maximum",
+        "Minimum",
+        "Dot",
+        "Identity",
+        "Rescaling",
+        "Resizing",
+        "CenterCrop",
+        "MaxPooling1D",
+        "MaxPooling2D",
+        "MaxPooling3D",
+        "AveragePooling1D",
+        "AveragePooling2D",
+        "AveragePooling3D",
+        "GlobalMaxPooling1D",
+        "GlobalMaxPooling2D",
+        "GlobalMaxPooling3D",
+        "GlobalAveragePooling1D",
+        "GlobalAveragePooling2D",
+        "GlobalAveragePooling3D",
+        "AdaptiveAveragePooling1D",
+        "AdaptiveAveragePooling2D",
+        "AdaptiveAveragePooling3D",
+        "AdaptiveMaxPooling1D",
+        "AdaptiveMaxPooling2D",
+        "AdaptiveMaxPooling3D",
+        "UpSampling1D",
+        "UpSampling2D",
+        "UpSampling3D",
+        "ZeroPadding1D",
+        "ZeroPadding2D",
+        "ZeroPadding3D",
+        "Cropping1D",
+        "Cropping2D",
+        "Cropping3D",
+        "ActivityRegularization",
+        "UnitNormalization",
+        "CategoryEncoding",
+        "Hashing",
+        "HashedCrossing",
+        "Lambda",
+    ]
 )
 
 _STORED_AS = {"GroupQueryAttention": "GroupedQueryAttention"}
@@ -172,7 +232,9 @@ def weight_kind(class_name: str, config: Mapping[str, Any], key: str, dtype: str
     name = key.rsplit("/", 1)[-1].split(":")[0]
     if class_name in LEARNED_STATE:
         return WeightKind.LEARNED
-    if "seed_generator" in key or re.match(r"(vector_u|sn_u|seed_generator_state|StateVar|count)$", name):
+    if "seed_generator" in key or re.match(
+        r"(vector_u|sn_u|seed_generator_state|StateVar|count|moving_stddev|renorm_\w+)$", name
+    ):
         return WeightKind.STATE
     if re.search(r"(moving|running)_mean$", name):
         return WeightKind.MEAN

@@ -11,14 +11,14 @@ from kmerge.graph import Graph, Layer, Ref, Structure, layer_order, substitute
 
 Version = tuple[int, ...]
 
-_DROPPED_IF = {
-    "quantization_config": (None,),
-    "renorm": (False,),
-    "renorm_clipping": (None,),
-    "renorm_momentum": (0.99,),
-    "optional": (False,),
+_NULLS = frozenset({"quantization_config", "input_axes", "output_axes"})
+"""Keys that newer Keras 3 writes in several classes, and that older Keras 3 chokes on even where they are null."""
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "BatchNormalization": {"renorm": False, "renorm_clipping": None, "renorm_momentum": 0.99},
+    "InputLayer": {"optional": False, "ragged": False},
 }
-"""Keys that newer Keras 3 writes and older Keras 3 chokes on, with the values that mean nothing."""
+"""The same, for keys of one class at their defaults."""
 
 
 def knows_dictionaries(dialect: Dialect, version: str) -> bool:
@@ -74,8 +74,9 @@ def write_model(graph: Graph, dialect: Dialect, version: str, compiled: Any = No
     if dialect is not Dialect.KERAS2:
         config["trainable"] = True
     config["layers"] = entries
-    config["input_layers"] = _write_structure(graph.inputs, dialect, history)
-    config["output_layers"] = _write_structure(graph.outputs, dialect, history)
+    bare = dialect is not Dialect.KERAS2 and not (3,) <= parse_version(version) < (3, 6)
+    config["input_layers"] = _write_structure(graph.inputs, bare, history)
+    config["output_layers"] = _write_structure(graph.outputs, bare, history)
     if dialect is Dialect.KERAS3:
         return {
             "module": "keras.src.models.functional",
@@ -88,20 +89,18 @@ def write_model(graph: Graph, dialect: Dialect, version: str, compiled: Any = No
     return {"class_name": "Model" if old else "Functional", "config": config}
 
 
-def _write_structure(structure: Structure, dialect: Dialect, history: Any) -> Any:
-    """Inputs or outputs. Keras 2 has no bare tensor there: a single one is a list of one."""
-    if dialect is Dialect.KERAS2 and isinstance(structure, Ref):
+def _write_structure(structure: Structure, bare: bool, history: Any) -> Any:
+    """Inputs or outputs. Keras 2 and early Keras 3 know no bare tensor there: a single one is a list of one."""
+    if not bare and isinstance(structure, Ref):
         return [history(structure)]
     return substitute(structure, history)
 
 
 def _write_layer(layer: Layer, dialect: Dialect, inbound: list[Any]) -> dict[str, Any]:
-    config = {
-        key: value
-        for key, value in layer.config.items()
-        if key not in _DROPPED_IF or not any(value is plain or value == plain for plain in _DROPPED_IF[key])
-    }
-    if "name" in config or layer.class_name != "Lambda":
+    config = dict(layer.config)
+    if dialect is not Dialect.KERAS2:
+        config = _for_any_version(layer.class_name, config)
+    if "name" in config:
         config["name"] = layer.name
     entry: dict[str, Any] = {}
     if dialect is Dialect.KERAS3:
@@ -111,6 +110,27 @@ def _write_layer(layer: Layer, dialect: Dialect, inbound: list[Any]) -> dict[str
     else:
         entry = {"class_name": layer.class_name, "config": config}
     return {**entry, "name": layer.name, "inbound_nodes": inbound}
+
+
+def _for_any_version(class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what older Keras 3 chokes on and newer Keras 3 takes for granted."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            inner, name = value.get("config"), value.get("class_name")
+            if isinstance(inner, Mapping) and isinstance(name, str):
+                return {**value, "config": _for_any_version(name, inner)}
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        return value
+
+    defaults = _DEFAULTS.get(class_name, {})
+    return {
+        key: plain(value)
+        for key, value in config.items()
+        if not (key in _NULLS and value is None) and not (key in defaults and value == defaults[key])
+    }
 
 
 def _write_arguments(graph: Graph, arguments: Any, dialect: Dialect, history: Any) -> Any:
