@@ -3,14 +3,12 @@
 Nothing but click is imported until a command runs: help and completion answer at once.
 """
 
-from kmerge.cli.combine import combine
-from kmerge.cli.look import compare, inspect, methods
-from kmerge.cli.program import completion, program
+from kmerge.cli import combine, look, program
 
-for command in (combine, inspect, compare, methods, completion):
-    program.add_command(command)
-
-main = program
+main = program.program
 """What the console script `kmerge` calls."""
+
+for command in (combine.combine, look.inspect, look.compare, look.methods, program.completion):
+    main.add_command(command)
 
 __all__ = ["main"]

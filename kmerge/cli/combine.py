@@ -217,7 +217,7 @@ def combine(ctx: click.Context, /, **given: Any) -> None:
       kmerge combine finetuned_a.h5 finetuned_b.h5 --dry-run --json > plan.json
       kmerge combine finetuned_a.h5 finetuned_b.h5 -o planned.h5 --plan plan.json
     Do with other files what made a model, and write down what was done:
-      kmerge combine finetuned_b.h5 finetuned_c.h5 -o again.h5 \\
+      kmerge combine finetuned_a.h5 finetuned_c.h5 -o again.h5 \\
         --plan planned.h5 --report again.html
     """
     sources, output = given.pop("sources"), given.pop("output")
@@ -231,7 +231,7 @@ def combine(ctx: click.Context, /, **given: Any) -> None:
     from kmerge import api
     from kmerge.progress import terminal_bar
 
-    with terminal_bar("merging", sys.stderr, quiet) as progress:
+    with terminal_bar("merging", sys.stderr, quiet or sys.stderr is None) as progress:
         report = api.combine(sources, output, progress=progress, **rules)
     if report.output is not None:
         written(report.output)

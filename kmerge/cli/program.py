@@ -43,6 +43,7 @@ class Program(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command, and turn whatever ends it into a message and a status."""
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # where Keras converts a file, TensorFlow is to be silent
+        _fill_closed_descriptors()
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):  # what a terminal cannot print is spelled out
                 stream.reconfigure(errors="backslashreplace")
@@ -164,6 +165,15 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _fill_closed_descriptors() -> None:
+    """Put something where a standard stream was closed, so that no file that is written takes its number."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
 
 
 @contextmanager

@@ -24,8 +24,10 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); }
 thead th, tbody th { color: var(--soft); font-weight: 500; }
 tbody th { white-space: nowrap; width: 1%; }
+.scroll th, .scroll td { white-space: nowrap; }
 .number { text-align: right; }
-.digest { font: .8rem/1.5 ui-monospace, monospace; overflow-wrap: anywhere; }
+.scroll .digest { font: .8rem/1.5 ui-monospace, monospace; white-space: normal; overflow-wrap: anywhere;
+  min-width: 20rem; }
 .role { border-radius: .3rem; padding: .05rem .4rem; border: 1px solid var(--line); }
 .shared { color: var(--mark); background: var(--tint); border-color: transparent; }
 footer { margin-top: 3rem; color: var(--soft); font-size: .9rem; }

@@ -179,6 +179,8 @@ def comparison_view(found: Comparison, paths: Sequence[str]) -> list[Part]:
     else:
         sentences.append("Next:")
     flag = f" --trunk {shlex.quote(trunk)}" if trunk else ""
+    if any(layer.differs and layer.class_name == "InputLayer" for layer in found.layers):
+        flag += " --inputs separate"
     command = f"kmerge combine {shlex.join(paths)} -o merged{_suffix(paths[0])}{flag}"
     places = {_place(layer) for layer in found.layers}
     legend = "A trunk can end at each layer marked default; by default it holds all of them."

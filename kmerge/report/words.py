@@ -136,8 +136,14 @@ def parameters_text(size: LayerSize) -> str:
 
 
 def output_text(size: LayerSize) -> str:
-    """Shape of a layer's output in the first source that has it."""
-    return next((shape_text(shape) for shape in size.outputs if shape is not None), "?")
+    """Shape of a layer's output; lengths that differ between sources side by side, (None, 5/3)."""
+    known = list(dict.fromkeys(shape for shape in size.outputs if shape is not None))
+    if len({len(shape) for shape in known}) > 1:
+        return ", ".join(map(shape_text, known))
+    if not known:
+        return "?"
+    axes = ["/".join(dict.fromkeys(map(str, lengths))) for lengths in zip(*known, strict=True)]
+    return f"({', '.join(axes)}{',' if len(axes) == 1 else ''})"
 
 
 def digest_text(digest: str) -> str:
