@@ -255,20 +255,34 @@ def test_reports_as_json_and_page() -> None:
     assert Path("r.html").read_text().startswith("<!DOCTYPE html>")
 
 
-@pytest.mark.usefixtures("here")
-def test_a_base_gives_weights_their_architecture() -> None:
-    for letter in "ab":
+def _weights_only(*letters: str) -> list[str]:
+    """Weights of fixtures in files of their own, as Keras 2 wrote them."""
+    for letter in letters:
         with h5py.File(f"finetuned_{letter}.h5") as whole, h5py.File(f"{letter}.h5", "w") as weights:
             for key, value in whole["model_weights"].attrs.items():
                 weights.attrs[key] = value
             for name in whole["model_weights"]:
                 whole.copy(f"model_weights/{name}", weights)
-    refused = run("combine", "a.h5", "b.h5", "-o", "m.h5")
+    return [f"{letter}.h5" for letter in letters]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_base_gives_weights_their_architecture() -> None:
+    (weights,) = _weights_only("a")
+    refused = run("combine", weights, weights, "-o", "m.h5")
     assert refused.status == 1
     assert "--base" in refused.err
-    # The heads differ from the base's, so only sources like the base fit.
-    result = ok("combine", "a.h5", "a.h5", "-o", "m.h5", "--base", A, "--json")
+    result = ok("combine", weights, weights, "-o", "m.h5", "--base", A, "--json")
     assert result.json()["shared"]["layers"] == 2
+
+
+@pytest.mark.usefixtures("here")
+def test_weights_that_were_merged_can_be_merged_again() -> None:
+    (weights,) = _weights_only("a")
+    ok("combine", weights, weights, "-o", "one.h5", "--trunk", "all")
+    assert "not known" in ok("combine", "one.h5", "one.h5", "-o", "two.h5", "--trunk", "all").out
+    assert "merged by kmerge" in ok("inspect", "two.h5").out
+    ok("combine", weights, weights, "-o", "three.h5", "--plan", "one.h5")
 
 
 @pytest.mark.usefixtures("here")
