@@ -49,9 +49,10 @@ def sample(weight: Weight, entries: int = SAMPLE) -> Array:
         values = np.empty(tensor.size, dtype=dtype)
         tensor.read_into(0, values)
         return values.astype(np.float64)
-    blocks = entries // _BLOCK
-    values = np.empty((blocks, _BLOCK), dtype=dtype)
-    last = tensor.size - _BLOCK
+    block = min(_BLOCK, entries)
+    blocks = entries // block
+    values = np.empty((blocks, block), dtype=dtype)
+    last = tensor.size - block
     for number, row in enumerate(values):
         tensor.read_into(last * number // max(1, blocks - 1), row)
     return values.ravel().astype(np.float64)
@@ -59,8 +60,9 @@ def sample(weight: Weight, entries: int = SAMPLE) -> Array:
 
 def cosine(first: Array, second: Array) -> float:
     """Cosine of the angle between two arrays; NaN where one is zero or not finite."""
-    lengths = math.sqrt(float(first @ first)) * math.sqrt(float(second @ second))
-    return float(first @ second) / lengths if lengths > 0 and math.isfinite(lengths) else math.nan
+    with np.errstate(all="ignore"):
+        lengths = math.sqrt(float(first @ first)) * math.sqrt(float(second @ second))
+        return float(first @ second) / lengths if lengths > 0 and math.isfinite(lengths) else math.nan
 
 
 def layer_cosines(layout: Layout, layers: Sequence[int], entries: int = SAMPLE) -> list[LayerCosine]:

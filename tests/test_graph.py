@@ -31,6 +31,8 @@ from kmerge.graph import (
     traversal,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # Keras and NumPy
+
 # Keras stores one object once, but its configuration does not tell that both are one: it does not load its own file.
 STORED_ONCE = {"shared_inside_and_outside": {"layers/dense"}}
 
@@ -92,7 +94,9 @@ def test_orders_and_paths_are_those_of_keras(name: str, saved: Any) -> None:
             assert operations == [operation.name for operation in own.operations]
     stored, filled = paths_of_names(path)
     by_address = {
-        (id(level), index): layer.name for level, _ in levels(nested, model) for index, layer in enumerate(level.graph.layers)
+        (id(level), index): layer.name
+        for level, _ in levels(nested, model)
+        for index, layer in enumerate(level.graph.layers)
     }
     mine = {place: by_address[address] for address, place in weight_paths(nested).items()}
     mine = {place: owner for place, owner in mine.items() if place not in STORED_ONCE.get(name, ())}
@@ -206,7 +210,9 @@ def test_shared_layers_at_different_depths_against_keras() -> None:
     shared, norm = layers.Dense(4, name="shared"), layers.LayerNormalization(name="norm")
     early = norm(shared(x))
     late = shared(layers.Dense(4, name="deep")(norm(layers.Dense(4, name="before")(early))))
-    model = keras.Model(x, {"b": layers.Dense(2, name="head_b")(late), "a": norm(layers.Dense(4, name="head_a")(early))})
+    model = keras.Model(
+        x, {"b": layers.Dense(2, name="head_b")(late), "a": norm(layers.Dense(4, name="head_a")(early))}
+    )
     nested = read_model(json.loads(json.dumps(keras.saving.serialize_keras_object(model))), Dialect.KERAS3)
     assert order_of(nested.graph) == [layer.name for layer in model.layers]
     assert len(nested.graph.calls_of(nested.graph.layer_named("norm"))) == 3
@@ -237,7 +243,9 @@ def test_a_long_chain_is_no_deep_recursion() -> None:
 def test_a_loop_is_refused(calls: Any) -> None:
     graph = network(*calls, outputs=len(calls) - 1)
     for function in (traversal, layer_order, sort_calls):
-        with pytest.raises(GraphError, match=r"The network has a loop through layer '\w+': no Keras model can have one\."):
+        with pytest.raises(
+            GraphError, match=r"The network has a loop through layer '\w+': no Keras model can have one\."
+        ):
             function(graph)
 
 
@@ -298,9 +306,8 @@ def taking(*names: str, node: int = 0, **kwargs: Any) -> dict[str, Any]:
 
 
 def model_of(name: str, layers: list[dict[str, Any]], output: list[Any], **more: Any) -> dict[str, Any]:
-    start = {
-        "class_name": "InputLayer", "config": {"name": "in", "batch_shape": [None, 3]}, "name": "in", "inbound_nodes": []
-    }  # fmt: skip
+    shape = {"name": "in", "batch_shape": [None, 3]}
+    start = {"class_name": "InputLayer", "config": shape, "name": "in", "inbound_nodes": []}
     config = {"name": name, "layers": [start, *layers], "input_layers": ["in", 0, 0], "output_layers": output}
     return {"module": "keras", "class_name": "Functional", "config": config, "name": name, **more}
 
@@ -320,7 +327,9 @@ def test_a_sub_model_called_twice_has_its_layers_called_twice() -> None:
         "inner", [dense("x", inbound_nodes=[taking("in")])], ["x", 0, 0],
         inbound_nodes=[taking("in"), taking("inner", node=1)],
     )  # fmt: skip
-    nested = read_model(model_of("outer", [inner, dense("y", inbound_nodes=[taking("inner", node=2)])], ["y", 0, 0]), Dialect.KERAS3)
+    nested = read_model(
+        model_of("outer", [inner, dense("y", inbound_nodes=[taking("inner", node=2)])], ["y", 0, 0]), Dialect.KERAS3
+    )
     dissolved = dissolve(nested)
     assert chain(dissolved.graph) == ["in", "x", "x", "y"]
     assert [layer.name for layer in dissolved.graph.layers] == ["in", "x", "y"]
@@ -335,13 +344,17 @@ def test_a_sub_model_called_twice_has_its_layers_called_twice() -> None:
 
 def test_one_object_inside_and_outside_is_one_layer() -> None:
     once = {"shared_object_id": 4711}
-    inner = model_of("inner", [dense("x", inbound_nodes=[taking("in")], **once)], ["x", 0, 0], inbound_nodes=[taking("in")])
+    inner = model_of(
+        "inner", [dense("x", inbound_nodes=[taking("in")], **once)], ["x", 0, 0], inbound_nodes=[taking("in")]
+    )
     outer = model_of("outer", [inner, dense("x", inbound_nodes=[taking("inner")], **once)], ["x", 0, 0])
     nested = read_model(outer, Dialect.KERAS3)
     graph = dissolve(nested).graph
     assert len([layer for layer in graph.layers if layer.class_name == "Dense"]) == 1
     assert len([call for call in graph.calls if graph.layers[call.layer].class_name == "Dense"]) == 2
-    assert [place for place in weight_paths(nested).values() if place.endswith("dense")] == ["layers/functional/layers/dense"]
+    assert [place for place in weight_paths(nested).values() if place.endswith("dense")] == [
+        "layers/functional/layers/dense"
+    ]
 
 
 @pytest.mark.parametrize("given", [False, True])
@@ -386,7 +399,9 @@ def test_dissolving_changes_nothing_it_was_given() -> None:
 
 
 def test_wrong_number_of_inputs_to_a_nested_model() -> None:
-    inner = model_of("inner", [dense("x", inbound_nodes=[taking("in")])], ["x", 0, 0], inbound_nodes=[taking("in", "in")])
+    inner = model_of(
+        "inner", [dense("x", inbound_nodes=[taking("in")])], ["x", 0, 0], inbound_nodes=[taking("in", "in")]
+    )
     with pytest.raises(GraphError, match="nested model 'inner' has 1 inputs and is called with 2"):
         flat(model_of("outer", [inner], ["inner", 0, 0]))
 
@@ -450,5 +465,3 @@ def test_configurations_that_make_no_sense(change: dict[str, Any], message: str)
     model["config"].update(change)
     with pytest.raises(GraphError, match=message):
         flat(model)
-
-

@@ -51,9 +51,7 @@ def test_equal_sources_return_themselves(method: Method, value: np.ndarray, data
 @EVERY_METHOD
 @given(drawn=weighted_stacks(min_count=2), data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_order_does_not_matter(
-    method: Method, drawn: tuple[np.ndarray, np.ndarray], data: st.DataObject
-) -> None:
+def test_order_does_not_matter(method: Method, drawn: tuple[np.ndarray, np.ndarray], data: st.DataObject) -> None:
     stack, weights = drawn
     order = data.draw(st.permutations(range(len(stack))))
     chosen = data.draw(st.sampled_from(order))
@@ -149,7 +147,8 @@ from kmerge.methods import METHODS
 from test_engine import merge, random_source, shared_targets
 sources = [random_source(label, seed, sizes=(3, 200_001)) for seed, label in enumerate("abc")]
 for name in sorted(METHODS):
-    files, digests = merge(sources, shared_targets(sources, method=name), weights=(0.5, 0.2, 0.3), threads=int(sys.argv[1]))
+    targets = shared_targets(sources, method=name)
+    files, digests = merge(sources, targets, weights=(0.5, 0.2, 0.3), threads=int(sys.argv[1]))
     print(name, hashlib.sha256(b"".join(files[key].tobytes() for key in sorted(files))).hexdigest(), *digests)
 """
 

@@ -183,7 +183,7 @@ def test_weights_at_the_ends_of_the_number_range() -> None:
 
 
 def test_unknown_method() -> None:
-    with pytest.raises(MethodError, match="There is no method 'average': choose one of .*mean.*, or auto"):
+    with pytest.raises(MethodError, match=r"There is no method 'average': choose one of .*mean.*, or auto"):
         get_method("average")
 
 

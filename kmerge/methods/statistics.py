@@ -37,4 +37,4 @@ def pooled_variance(means: Array, variances: Array, *, weights: Array) -> Array:
     """
     means = means.astype(np.float64)
     spread = np.tensordot(weights, (means - pooled_mean(means, weights=weights)) ** 2, axes=1)
-    return pooled_mean(variances, weights=weights) + np.asarray(spread)
+    return np.asarray(pooled_mean(variances, weights=weights) + spread)
