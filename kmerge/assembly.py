@@ -62,7 +62,7 @@ def assemble_flat(sources: Sequence[Source], plan: Plan) -> Assembly:
     state = first.states[0]
     old = first.kind in (Kind.H5_WEIGHTS, Kind.H5)
     prefix = "model_weights/" if first.kind is Kind.H5 else ""
-    attributes: dict[str, Any] = {key: value for key, value in first.root.items() if key != "kmerge"}  # of an earlier merge
+    attributes: dict[str, Any] = {key: value for key, value in first.root.items() if key != "kmerge"}
     if first.kind is Kind.H5:
         attributes = _root_attributes(first, first.model or {})
     if old:

@@ -116,7 +116,8 @@ def graph_size(graph: Graph, states: Sequence[State], layers: set[int] | None = 
 def merged_states(merged: Merged, sources: Sequence[Source]) -> list[State]:
     """What the merged model will hold, by the shapes of each layer's first member."""
     return [
-        sources[layer.members[0][0]].states[layer.members[0][1]] if layer.members else State() for layer in merged.layers
+        sources[layer.members[0][0]].states[layer.members[0][1]] if layer.members else State()
+        for layer in merged.layers
     ]
 
 
