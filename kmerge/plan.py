@@ -6,6 +6,7 @@ Everything that can be known to be wrong with a merge is raised here, before a w
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import unicodedata
@@ -20,6 +21,7 @@ from kmerge.errors import FormatError, LayoutError, PlanError
 from kmerge.graph import Graph, ancestors, flatten, refs
 from kmerge.matching import Difference, Match, identity, layer_difference, match
 from kmerge.methods import get_method, normalise_weights, picked
+from kmerge.shapes import Shape, infer_shapes
 from kmerge.source import Source
 
 Role = Literal["shared", "private"]
@@ -99,6 +101,7 @@ class Plan:
 
         Raises:
             PlanError: if it is no plan, or one of a newer kmerge.
+            MethodError: if its weights are none.
         """
         try:
             if int(values["format"]) > FORMAT:
@@ -110,10 +113,13 @@ class Plan:
             )
             sources = tuple(SourceFacts(**source) for source in values["sources"])
             rest = {key: values[key] for key in ("method", "options", "trunk", "inputs", "outputs", "freeze")}
+            weights = tuple(float(weight) for weight in values["weights"])
+            if not math.isclose(sum(weights), 1.0):
+                weights = tuple(float(weight) for weight in normalise_weights(weights, len(sources)))
             plan = cls(
                 sources=sources,
                 layers=layers,
-                weights=tuple(float(weight) for weight in values["weights"]),
+                weights=weights,
                 notes=tuple(values.get("notes", ())),
                 kmerge=str(values.get("kmerge", "")),
                 **rest,
@@ -123,6 +129,10 @@ class Plan:
         for layer in plan.layers:
             if layer.role not in ("shared", "private"):
                 raise PlanError(f"The plan gives '{layer.name}' the role '{layer.role}': expected shared or private.")
+            if len(layer.layers) != len(sources):
+                raise PlanError(
+                    f"The plan names '{layer.name}' in {len(layer.layers)} sources, but has {len(sources)}."
+                )
         return plan
 
 
@@ -272,6 +282,8 @@ def check_rules(rules: Rules, labels: Sequence[str]) -> None:
         if value not in allowed:
             raise PlanError(f"{name} is '{value}': expected one of {', '.join(allowed)}.")
     for pattern, role in rules.roles:
+        if not isinstance(pattern, str):
+            raise PlanError(f"{pattern!r} is given a role: expected the name of a layer, or a pattern of names.")
         if role not in ("shared", "private"):
             raise PlanError(f"'{pattern}' is given the role '{role}': expected shared or private.")
     method = get_method(rules.method)
@@ -285,7 +297,8 @@ def check_rules(rules: Rules, labels: Sequence[str]) -> None:
 
 def check_label(label: str) -> None:
     """Labels name layers and outputs; any letters do, control characters and nothing at all do not."""
-    if not label.strip() or any(unicodedata.category(character).startswith("C") for character in label):
+    invisible = any(unicodedata.category(character).startswith("C") for character in str(label))
+    if not isinstance(label, str) or not label.strip() or invisible:
         raise PlanError(f"{label!r} is no label: give one with visible letters, with --labels.")
 
 
@@ -380,6 +393,8 @@ def _plan_layers(layout: Layout, rules: Rules) -> tuple[tuple[LayerPlan, ...], t
                     roles[number] = _checked(layout, number, forced.get(number), rules, notes)
             if roles[number] == "shared":
                 shared_calls.add(index)
+    if rules.trunk == "all" and "private" not in forced.values():
+        _check_everything_matched(layout)
     _check_outputs(layout, rules)
     matched = [{mine: theirs for mine, theirs in found.layers.items()} for found in layout.matches]
     plans = []
@@ -474,6 +489,18 @@ def _check_shared(layout: Layout, number: int, forced: Role | None, rules: Rules
         raise LayoutError(_difference_message(layout, number, *_must(layout.difference(number))))
 
 
+def _check_everything_matched(layout: Layout) -> None:
+    for source, found in zip(layout.sources, layout.matches, strict=True):
+        matched = set(found.layers.values())
+        for number, layer in enumerate(source_graph(source).layers):
+            if number not in matched and not layer.is_input:
+                raise LayoutError(
+                    f"layer {number + 1} '{layer.name}' ({layer.class_name}) of '{source.label}' has no counterpart in "
+                    f"'{layout.first.label}', and --trunk all shares everything: say where the trunk ends with --trunk "
+                    f"LAYER, or leave '{source.label}' out."
+                )
+
+
 def _must(found: tuple[Source, Difference] | None) -> tuple[Source, Difference]:
     assert found is not None
     return found
@@ -550,12 +577,42 @@ def _check_outputs(layout: Layout, rules: Rules) -> None:
     if rules.outputs != "mean":
         return
     counts = [len(flatten(source_graph(source).outputs)) for source in layout.sources]
-    for source, count in zip(layout.sources, counts, strict=True):
+    shapes = [_output_shapes(source) for source in layout.sources]
+    label, go_on = layout.first.label, "Use --outputs heads, or leave one out."
+    for source, count, theirs in zip(layout.sources, counts, shapes, strict=True):
         if count != counts[0]:
             raise PlanError(
-                f"--outputs mean: '{layout.first.label}' has {counts[0]} outputs but '{source.label}' has {count}. "
-                "Use --outputs heads, or leave one out."
+                f"--outputs mean: '{label}' has {counts[0]} outputs but '{source.label}' has {count}. {go_on}"
             )
+        names = [_names(item) for item in (layout.first, source)]
+        if names[0] != names[1]:
+            raise PlanError(
+                f"--outputs mean: the outputs are {names[0]} in '{label}' but {names[1]} in '{source.label}'. {go_on}"
+            )
+        for one, two in zip(shapes[0], theirs, strict=True):
+            if one is not None and two is not None and not _fit(one, two):
+                raise PlanError(
+                    f"--outputs mean: an output is {one} in '{label}' but {two} in '{source.label}': an average needs "
+                    f"equal shapes. {go_on}"
+                )
+
+
+def _output_shapes(source: Source) -> list[Shape | None]:
+    graph = source_graph(source)
+    shapes = infer_shapes(graph)
+    return [shapes.get(ref) for ref in flatten(graph.outputs)]
+
+
+def _fit(first: Shape, second: Shape) -> bool:
+    """Whether two shapes may be one, apart from the batch."""
+    known = zip(first[1:], second[1:], strict=False)
+    return len(first) == len(second) and all(one == two or one is None or two is None for one, two in known)
+
+
+def _names(source: Source) -> str:
+    """The names of a dictionary of outputs."""
+    outputs = source_graph(source).outputs
+    return _listed(sorted(outputs)) if isinstance(outputs, dict) else "not named"
 
 
 def read_plan(value: Plan | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:
@@ -568,6 +625,8 @@ def read_plan(value: Plan | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:
         return value
     if isinstance(value, Mapping):
         return Plan.from_dict(value)
+    if not isinstance(value, (str, os.PathLike)):
+        raise PlanError(f"The plan is a {type(value).__name__}: expected a plan, its JSON, or a file.")
     path = Path(value)
     if not path.is_file():
         raise PlanError(f"There is no plan '{path}': make one with kmerge combine --dry-run --json > plan.json.")
@@ -589,16 +648,20 @@ def check_plan(plan: Plan, sources: Sequence[Source]) -> None:
     """Hold a plan that came from outside against the sources.
 
     Raises:
-        PlanError: if it is for other networks.
+        PlanError: if it is for other networks, or contradicts itself.
+        MethodError: if a method or the weights are none.
         LayoutError: if a layer that it shares differs in these sources.
     """
     check_rules(Rules(inputs=plan.inputs, outputs=plan.outputs, method=plan.method, options=plan.options), plan.labels)
     if len(plan.sources) != len(sources):
         raise PlanError(f"The plan is for {len(plan.sources)} sources: {len(sources)} given.")
+    normalise_weights(plan.weights, len(sources))
     if any(source.graph is None for source in sources):
         _plan_without_graph(sources, Rules(trunk=plan.trunk, method=plan.method, options=plan.options))
         return
     layout = lay_out(sources)
+    rules = Rules(inputs=plan.inputs, outputs=plan.outputs)
+    _check_inputs(layout, rules)
     own, planned = source_graph(layout.first).layers, plan.of_first
     for number in range(max(len(own), len(planned))):
         here = own[number].class_name if number < len(own) else "nothing"
@@ -608,9 +671,12 @@ def check_plan(plan: Plan, sources: Sequence[Source]) -> None:
                 f"The plan is for another network: layer {number + 1} is {there} in the plan but {here} in '{sources[0].name}'."
             )
     for number, layer in enumerate(planned):
-        if layer.method:
+        if layer.method or (layer.role == "shared" and layout.first.states[number].weights):
             check_rules(Rules(method=layer.method, options=layer.options), plan.labels)
+        if own[number].is_input and layer.role != ("shared" if plan.inputs == "shared" else "private"):
+            raise PlanError(
+                f"The plan has {plan.inputs} inputs, but gives the input '{layer.name}' the role {layer.role}."
+            )
         if layer.role == "shared":
-            found = layout.difference(number)
-            if found:
-                raise LayoutError(_difference_message(layout, number, *found))
+            _check_shared(layout, number, "shared", Rules(method=layer.method))
+    _check_outputs(layout, rules)

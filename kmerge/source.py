@@ -23,8 +23,8 @@ from kmerge.dialects.reading import (
     weight_paths,
 )
 from kmerge.dialects.vocabulary import WeightKind, weight_kind, weight_name, weight_specs
-from kmerge.errors import FormatError, GraphError, KmergeError
-from kmerge.graph import Graph, Layer
+from kmerge.errors import FormatError, GraphError, KmergeError, PlanError
+from kmerge.graph import Graph, Layer, refs
 from kmerge.store import Asset, Kind, Tensor, Weights, identify, open_archive, open_hdf5, open_shards, read_json
 from kmerge.store.shards import ShardedWeights
 
@@ -113,12 +113,27 @@ def is_parameter(weight: Weight) -> bool:
 
 
 def stem(path: str | os.PathLike[str]) -> str:
-    """File name without what marks it as a model: `a.weights.h5` -> `a`."""
-    name = Path(path).name
+    """File name without what marks it as a model: `a.weights.h5` -> `a`.
+
+    Raises:
+        PlanError: if it is no path.
+    """
+    name = as_path(path).name
     for suffix in SUFFIXES:
         if name.endswith(suffix) and name != suffix:
             return name.removesuffix(suffix)
     return name
+
+
+def as_path(value: Any) -> Path:
+    """A path from what a caller gave.
+
+    Raises:
+        PlanError: if it is none.
+    """
+    if not isinstance(value, (str, os.PathLike)):
+        raise PlanError(f"A source is a {type(value).__name__}: expected a path or a Keras model.")
+    return Path(value)
 
 
 def open_source(path: str | os.PathLike[str], label: str | None = None, base: Source | None = None) -> Source:
@@ -136,8 +151,9 @@ def open_source(path: str | os.PathLike[str], label: str | None = None, base: So
         FormatError: the file is something else, damaged, or does not hold what its configuration says.
         UnsafeFileError: the file asks for something that no model needs.
         GraphError: the configuration describes no network.
+        PlanError: what is given is no path.
     """
-    path = Path(path)
+    path = as_path(path)
     label = stem(path) if label is None else label
     kind = identify(path)
     opened = ExitStack()
@@ -154,6 +170,12 @@ def open_source(path: str | os.PathLike[str], label: str | None = None, base: So
         opened.close()
         error.add_note(f"while opening '{path}'")
         raise
+    except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        opened.close()
+        raise GraphError(
+            f"'{path.name}' holds a configuration that makes no sense ({type(error).__name__}: {error}): it was edited "
+            "or is damaged. Save the model again."
+        ) from error
     except BaseException:
         opened.close()
         raise
@@ -177,9 +199,7 @@ def _open_h5(path: Path, label: str, opened: ExitStack) -> Source:
     weights = opened.enter_context(open_hdf5(path))
     root = weights.attributes()
     model = read_json(_text(root.get("model_config")).encode(), f"model_config of '{path.name}'")
-    if not isinstance(model, Mapping) or "class_name" not in model:
-        raise FormatError(f"'{path.name}' holds a model_config that is no model: expected class_name and config.")
-    model = {"config": {}, **model}
+    model = {"config": {}, **_checked_model(model, f"'{path.name}' holds a model_config")}
     inside = weights.attributes("model_weights") if "model_weights" in weights.names() else {}
     version = _text(root.get("keras_version")) or _text(inside.get("keras_version"))
     training = root.get("training_config")
@@ -203,6 +223,12 @@ def _open_h5(path: Path, label: str, opened: ExitStack) -> Source:
         warning = f"'{model['class_name']}' is a subclassed model: its configuration holds no graph."
         return replace(source, states=(_flat_h5(weights, "model_weights"),), warnings=(warning,))
     return _with_states(source, model, dialect_of(model), weights, "model_weights")
+
+
+def _checked_model(model: Any, what: str) -> Mapping[str, Any]:
+    if not isinstance(model, Mapping) or not isinstance(model.get("class_name"), str):
+        raise FormatError(f"{what} that is no model: expected class_name and config.")
+    return model
 
 
 def _with_states(
@@ -274,8 +300,8 @@ def _states_h5(
         with_weights = [index for index in order if _may_have_weights(nested, index)]
         if len(filled) != len(with_weights):
             raise FormatError(
-                f"'{weights.path.name}' stores weights for {len(filled)} layers, but its configuration has "
-                f"{len(with_weights)} with weights, under other names: the file is damaged or was edited."
+                f"'{weights.path.name}' stores weights for {len(filled)} layers, but the network has "
+                f"{len(with_weights)} with weights, under other names: it is another network's file, or was edited."
             )
         pairs = list(zip(with_weights, filled, strict=True))
     for index, name in pairs:
@@ -287,10 +313,11 @@ def _states_h5(
         for address, part in _split(nested.models[index], found, name, weights.path.name).items():
             states[address] = State(tuple(part))
     for address, layer in zip(dissolved.addresses, dissolved.graph.layers, strict=True):
-        specs = weight_specs(layer.class_name, layer.config)
-        if specs and not states.get(address, State()).weights:
+        specs = weight_specs(layer.class_name, layer.config) or ()
+        count = len(states.get(address, State()).weights)
+        if count < len(specs):
             raise FormatError(
-                f"'{weights.path.name}' holds no weights for layer '{layer.name}' ({layer.class_name}): "
+                f"'{weights.path.name}' holds {count or 'no'} weights for layer '{layer.name}' ({layer.class_name}): "
                 f"expected {len(specs)}. Save the trained model again."
             )
     warnings = ()
@@ -378,7 +405,7 @@ def _split_by_name(
 
 def _open_archive(path: Path, label: str, kind: Kind, opened: ExitStack) -> Source:
     archive = opened.enter_context(open_archive(path))
-    model = archive.config
+    model = _checked_model(archive.config, f"'{path.name}' holds a configuration")
     source = Source(
         label=label,
         name=path.name,
@@ -565,8 +592,17 @@ def _with_graph(source: Source, base: Source) -> Source:
             f"give a base in {'.h5' if old else '.keras'} format."
         )
     bound = _with_states(source, base.model, base.dialect, source.metadata["weights"])
+    stored = [weight for state in source.states for weight in state.weights if weight.key.split("/")[0] != "vars"]
+    more = len(stored) - sum(len(state.weights) for state in bound.states)
+    if more > 0:
+        raise FormatError(f"'{source.name}' does not fit '{base.name}': it holds {more} weights more than that has.")
     for mine, theirs, layer in zip(bound.states, base.states, bound.graph.layers if bound.graph else (), strict=True):
-        for first, second in zip(mine.weights, theirs.weights, strict=False):
+        if len(mine.weights) != len(theirs.weights):
+            raise FormatError(
+                f"'{source.name}' does not fit '{base.name}': layer '{layer.name}' has {len(mine.weights)} weights, "
+                f"expected {len(theirs.weights)}."
+            )
+        for first, second in zip(mine.weights, theirs.weights, strict=True):
             if first.tensor.shape != second.tensor.shape:
                 raise FormatError(
                     f"'{source.name}' does not fit '{base.name}': layer '{layer.name}' has {first.name} of shape "
@@ -595,7 +631,7 @@ def _with_input_shapes(graph: Graph, states: Sequence[State], dialect: Dialect) 
             (
                 call.layer
                 for call in graph.calls
-                if any(graph.calls[ref].layer == number for ref in _parents(graph, call))
+                if any(graph.calls[ref.call].layer == number for ref in refs(call.arguments))
             ),
             None,
         )
@@ -608,12 +644,6 @@ def _with_input_shapes(graph: Graph, states: Sequence[State], dialect: Dialect) 
         dtype = str(layer.config.get("dtype") or "float32")
         layers[number] = replace(make_input(layer.name, list(shape), dtype, dialect), origin=layer.origin)
     return replace(graph, layers=tuple(layers))
-
-
-def _parents(graph: Graph, call: Any) -> list[int]:
-    from kmerge.graph import refs
-
-    return [ref.call for ref in refs(call.arguments)]
 
 
 def _shape_from_kernel(layer: Layer, state: State) -> tuple[int | None, ...] | None:

@@ -1,4 +1,4 @@
-"""The registry of merge methods: a method is a pure function of a stack of arrays, with what it declares about itself."""
+"""The registry of merge methods: pure functions of a stack of arrays, with what they declare about themselves."""
 
 from __future__ import annotations
 
@@ -96,7 +96,10 @@ def normalise_weights(weights: Any, count: int) -> NDArray[np.float64]:
     """
     if weights is None:
         return np.full(count, 1.0 / count)
-    values = np.asarray(list(weights), dtype=np.float64)
+    try:
+        values = np.asarray(list(weights), dtype=np.float64)
+    except (TypeError, ValueError):
+        raise MethodError(f"The weights are {weights!r}: give one number per source.") from None
     if values.shape != (count,):
         raise MethodError(f"There are {values.size} weights for {count} sources: give one number per source.")
     if not np.all(np.isfinite(values)) or np.any(values < 0) or not values.any():
