@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from kmerge.graph import ancestors
 from kmerge.plan import Layout, head_layers, source_graph
-from kmerge.similarity import Ancestry, ancestry, layer_cosines
+from kmerge.similarity import Ancestry, ancestry, layer_cosines, sample
 
 MEANING = {
     True: "The sources share an ancestor: the mean of their weights keeps what they know.",
@@ -139,10 +141,6 @@ def _identical(layout: Layout) -> tuple[tuple[str, str], ...]:
 
 
 def _all_equal(pair: Layout) -> bool:
-    import numpy as np
-
-    from kmerge.similarity import sample
-
     one, two = pair.sources
     shared = [layer for layer in pair.matches[0].layers if layer in pair.matches[1].layers]
     if len(shared) != len(source_graph(one).layers) or len(shared) != len(source_graph(two).layers):
