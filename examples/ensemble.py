@@ -1,6 +1,6 @@
 """A fold ensemble in one file: every source whole, one output, their average. No framework is loaded for the merge.
 
-    python examples/ensemble.py
+python examples/ensemble.py
 """
 
 import tempfile

@@ -165,7 +165,8 @@ def merge_models(
         for source in opened:
             if source.graph is None:
                 raise PlanError(
-                    f"'{source.name}' holds no graph, so there is no model to hand back: use kmerge.combine, or give the "
+                    f"'{source.name}' holds no graph, so there is no model to hand back: use kmerge.combine, "
+                    "or give the "
                     "architecture with base=."
                 )
         trusted = len(models) == len(opened)
@@ -300,11 +301,13 @@ class _Workspace:
         again = open_source(path, source.label)
         self._stack.callback(again.close)
         note = f"converted from {source.kind.value} by Keras"
-        return replace(again, name=source.name, size=source.size, training=source.training, warnings=(*source.warnings, note))
+        return replace(
+            again, name=source.name, size=source.size, training=source.training, warnings=(*source.warnings, note)
+        )
 
 
 def _is_h5(value: SourceLike) -> bool:
-    return not live.is_model(value) and isinstance(value, (str, os.PathLike)) and identify(value) is Kind.H5
+    return not live.is_model(value) and isinstance(value, (str, os.PathLike)) and identify(Path(value)) is Kind.H5
 
 
 def _family(target: Path) -> bool | None:
@@ -324,7 +327,7 @@ def _target(output: str | os.PathLike[str] | None, values: Mapping[str, SourceLi
         raise PlanError("A merge needs at least two sources: 0 given.")
     if live.is_model(first):
         return Path("merged.keras")
-    kind = identify(first)
+    kind = identify(Path(first))
     usual = {
         Kind.H5: (".h5", ".hdf5"),
         Kind.H5_WEIGHTS: (".h5", ".hdf5"),
@@ -451,9 +454,11 @@ def _look_for_ancestor(sources: Sequence[Source], plan: Plan, flat: bool) -> Anc
         found = ancestry(layer_cosines(layout, [n for n, layer in enumerate(graph.layers) if layer.name in shared]))
     if found.related is False:
         raise UnrelatedError(
-            f"These models do not share an ancestor: the cosine of their trunks' weights is {found.cosine:.2f} (1 is equal, 0 "
+            f"These models do not share an ancestor: the cosine of their trunks' weights is {found.cosine:.2f} "
+            "(1 is equal, 0 "
             "is unrelated). A mean of unrelated trunks loses what each of them knows, though it looks like a model.\n"
-            "If you want it all the same, say so with --method mean; --trunk none keeps every source whole in one file, "
+            "If you want it all the same, say so with --method mean; --trunk none keeps every source whole in "
+            "one file, "
             "and --method pick takes one source's trunk."
         )
     return found if not math.isnan(found.cosine) else None
@@ -509,17 +514,24 @@ def _check_target(job: _Job, target: Path) -> None:
     """No input is ever changed; weights-only files need the suffix that Keras wants."""
     for source in job.sources:
         if source.path is not None and target.exists() and target.resolve() == source.path.resolve():
-            raise OutputError(f"'{target}' is one of the sources: inputs are never changed. Give another output with -o.")
+            raise OutputError(
+                f"'{target}' is one of the sources: inputs are never changed. Give another output with -o."
+            )
     kind = job.assembly.kind
     if kind in (Kind.WEIGHTS, Kind.SHARDS) and not target.name.endswith(".weights.h5"):
         raise OutputError(
-            f"The sources hold Keras 3 weights only, and Keras opens such a file only as .weights.h5: '{target.name}' is "
+            "The sources hold Keras 3 weights only, and Keras opens such a file only as .weights.h5: "
+            f"'{target.name}' is "
             "named otherwise. Give -o with that suffix, or the architecture with --base FILE."
         )
     if job.merged is None and kind in (Kind.KERAS, Kind.FOLDER) and _family(target) is False:
-        raise OutputError(f"A subclassed model can only be written in its own format: name the output .keras, not '{target.name}'.")
+        raise OutputError(
+            f"A subclassed model can only be written in its own format: name the output .keras, not '{target.name}'."
+        )
     if job.merged is None and kind in (Kind.H5, Kind.H5_WEIGHTS) and _family(target) is True:
-        raise OutputError(f"Without a graph, .h5 files can only be merged into .h5: '{target.name}' is named otherwise.")
+        raise OutputError(
+            f"Without a graph, .h5 files can only be merged into .h5: '{target.name}' is named otherwise."
+        )
 
 
 @contextmanager

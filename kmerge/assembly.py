@@ -1,4 +1,4 @@
-"""From a merged graph to everything a file of it holds: configuration, groups and attributes, and where each weight goes."""
+"""From a merged graph to everything a file of it holds: configuration, groups, attributes, and where each weight goes."""
 
 from __future__ import annotations
 
@@ -54,11 +54,13 @@ def assemble(merged: Merged, sources: Sequence[Source]) -> Assembly:
 def assemble_flat(sources: Sequence[Source], plan: Plan) -> Assembly:
     """Files without a graph: the first one's layout, every weight merged."""
     first = sources[0]
-    origin = MergedLayer("shared", tuple((number, 0) for number in range(len(sources))), plan.method, tuple(plan.options.items()))
+    origin = MergedLayer(
+        "shared", tuple((number, 0) for number in range(len(sources))), plan.method, tuple(plan.options.items())
+    )
     by_key = [{weight.key: weight for weight in source.states[0].weights} for source in sources]
     targets = []
     tensors: dict[str, TensorSpec] = {}
-    groups: dict[str, Mapping[str, Any]] = {}
+    groups: dict[str, dict[str, Any]] = {}
     state = first.states[0]
     old = first.kind in (Kind.H5_WEIGHTS, Kind.H5)
     prefix = "model_weights/" if first.kind is Kind.H5 else ""
@@ -74,13 +76,15 @@ def assemble_flat(sources: Sequence[Source], plan: Plan) -> Assembly:
         groups[prefix.rstrip("/")] = {**attributes, **top} if not prefix else top
         groups |= {f"{prefix}{layer}": {"weight_names": names} for layer, names in layers.items()}
     else:
-        groups |= state.groups
+        groups |= {place: dict(items) for place, items in state.groups.items()}
     if prefix or not old:
         groups = {"": attributes, **{path: items for path, items in groups.items() if path}}
     for key, weight in by_key[0].items():
         members = tuple((number, weights[key]) for number, weights in enumerate(by_key))
         means = _means(weight, [list(weights.values()) for weights in by_key])
-        targets.append(_target(f"{prefix}{key}", str((first.model or {}).get("class_name") or key), origin, members, means))
+        targets.append(
+            _target(f"{prefix}{key}", str((first.model or {}).get("class_name") or key), origin, members, means)
+        )
         tensors[f"{prefix}{key}"] = TensorSpec(weight.tensor.shape, weight.tensor.dtype, dict(weight.attributes))
     assets = {f"assets/{place}": asset for place, asset in state.assets.items()}
     return Assembly(first.kind, first.model, Layout(groups, tensors), tuple(targets), assets, first.version)
@@ -110,7 +114,11 @@ def _states(origin: MergedLayer, sources: Sequence[Source]) -> list[tuple[int, S
 
 
 def _layer_targets(
-    origin: MergedLayer, sources: Sequence[Source], name: str, places: Sequence[tuple[Weight, str]], order: Sequence[int]
+    origin: MergedLayer,
+    sources: Sequence[Source],
+    name: str,
+    places: Sequence[tuple[Weight, str]],
+    order: Sequence[int],
 ) -> list[Target]:
     """Targets of one layer: its first member's weights in the given order, and the counterparts in the others."""
     states = _states(origin, sources)
@@ -135,7 +143,7 @@ def _means_at(lists: Sequence[Sequence[Weight]], number: int) -> tuple[Weight, .
 def _keras3(merged: Merged, sources: Sequence[Source]) -> tuple[Layout, tuple[Target, ...], dict[str, Asset]]:
     """Keras 3's layout: `layers/<class>[_n]/...`, numbered in the order of `model.layers`."""
     named = any("name" in items for state in sources[0].states for items in state.groups.values())
-    groups: dict[str, Mapping[str, Any]] = {"": {}}
+    groups: dict[str, dict[str, Any]] = {"": {}}
     tensors: dict[str, TensorSpec] = {}
     targets: list[Target] = []
     assets: dict[str, Asset] = {}
@@ -153,7 +161,7 @@ def _keras3(merged: Merged, sources: Sequence[Source]) -> tuple[Layout, tuple[Ta
         inner = dict(state.groups)
         inner.setdefault("", {})
         inner["vars"] = {**inner.get("vars", {}), "name": layer.name} if named else dict(inner.get("vars", {}))
-        groups |= {f"{path}/{local}".rstrip("/"): items for local, items in inner.items()}
+        groups |= {f"{path}/{local}".rstrip("/"): dict(items) for local, items in inner.items()}
         places = [(weight, f"{path}/{weight.key}") for weight in state.weights]
         for weight, key in places:
             tensors[key] = TensorSpec(weight.tensor.shape, weight.tensor.dtype, dict(weight.attributes))
@@ -175,15 +183,15 @@ def _root_attributes(source: Source, config: Mapping[str, Any]) -> dict[str, Any
     return {**_writer(source), "model_config": json.dumps(config)}
 
 
-def _h5(
-    merged: Merged, sources: Sequence[Source], config: Mapping[str, Any]
-) -> tuple[Layout, tuple[Target, ...]]:
+def _h5(merged: Merged, sources: Sequence[Source], config: Mapping[str, Any]) -> tuple[Layout, tuple[Target, ...]]:
     """The old layout: `model_weights/<layer>/<weight name>`, listed in the order of `model.layers`."""
     first = sources[0]
     graph = merged.graph
-    order = [index for index in layer_order(graph) if first.dialect is Dialect.KERAS2 or not graph.layers[index].is_operation]
+    order = [
+        index for index in layer_order(graph) if first.dialect is Dialect.KERAS2 or not graph.layers[index].is_operation
+    ]
     names = [graph.layers[index].name for index in order]
-    groups: dict[str, Mapping[str, Any]] = {
+    groups: dict[str, dict[str, Any]] = {
         "": _root_attributes(first, config),
         "model_weights": {**_writer(first), "layer_names": names},
     }

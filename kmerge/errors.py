@@ -11,7 +11,8 @@
     ├── MergeError              the merge itself failed, for example on weights that are not a number
     └── OutputError             the result cannot be written where it was asked for
 
-Every message says what happened, what was expected and how to go on. Context is added with `add_note`, so the type survives.
+Every message says what happened, what was expected and how to go on. Context is added with `add_note`, so the type
+survives.
 """
 
 

@@ -19,7 +19,8 @@ RUNS_CODE = ("Lambda", "TFSMLayer", "TorchModuleWrapper")
 def is_model(value: Any) -> bool:
     """Whether a value is a live Keras model, without importing Keras."""
     return any(
-        base.__name__ == "Model" and base.__module__.startswith(("keras.", "keras_core.")) for base in type(value).__mro__
+        base.__name__ == "Model" and base.__module__.startswith(("keras.", "keras_core."))
+        for base in type(value).__mro__
     )
 
 
@@ -48,7 +49,9 @@ def load_model(path: Path, what: str, custom_objects: Mapping[str, Any] | None =
     import keras
 
     try:
-        return keras.saving.load_model(path, custom_objects=dict(custom_objects or {}), compile=False, safe_mode=not trusted)
+        return keras.saving.load_model(
+            path, custom_objects=dict(custom_objects or {}), compile=False, safe_mode=not trusted
+        )
     except Exception as error:
         raise MergeError(f"Keras {keras.__version__} cannot open {what}: {_one_line(error)}.") from error
 
@@ -62,8 +65,10 @@ def check_runs_no_code(model: Mapping[str, Any] | None, name: str) -> None:
     for class_name, layer in _classes(model):
         if class_name in RUNS_CODE:
             raise FormatError(
-                f"'{name}' has a {class_name} layer '{layer}', which holds code: kmerge never runs code from a file, and Keras "
-                "would have to. Merge file to file in the sources' own format (kmerge combine, output with the same suffix), "
+                f"'{name}' has a {class_name} layer '{layer}', which holds code: kmerge never runs code from a "
+                "file, and Keras "
+                "would have to. Merge file to file in the sources' own format (kmerge combine, output with the "
+                "same suffix), "
                 "or replace the layer."
             )
 
@@ -116,11 +121,13 @@ def write_as_h5(path: Path, target: Path, attribute: str) -> None:
         with h5py.File(target, "r+") as file:
             file.attrs["kmerge"] = attribute
     except Exception as error:
-        raise OutputError(f"Keras cannot write the merged model as .h5: {_one_line(error)}. Write it as .keras.") from error
+        raise OutputError(
+            f"Keras cannot write the merged model as .h5: {_one_line(error)}. Write it as .keras."
+        ) from error
 
 
 def custom_objects_of(models: list[Any]) -> dict[str, Any]:
-    """Classes of the layers of live models that are not Keras's own, so that the merged model can be built from them."""
+    """Classes of the layers of live models that are not Keras's own: the merged model is built from them."""
     found: dict[str, Any] = {}
     for model in models:
         for layer in [model, *model._flatten_layers()]:

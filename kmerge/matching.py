@@ -128,9 +128,7 @@ class _Matcher:
         ]
 
     def _same(self, call: int, other_call: int) -> bool:
-        return (
-            self.first_plain[self.first.calls[call].layer] == self.other_plain[self.other.calls[other_call].layer]
-        )
+        return self.first_plain[self.first.calls[call].layer] == self.other_plain[self.other.calls[other_call].layer]
 
     @staticmethod
     def _key(graph: Graph, call: Call, moved: Mapping[int, int] | None) -> str:
@@ -217,12 +215,17 @@ def _plain_arguments(arguments: Any) -> Any:
 
 
 def _input_difference(
-    first: Mapping[str, Any], second: Mapping[str, Any], one: Sequence[int | None] | None, two: Sequence[int | None] | None
+    first: Mapping[str, Any],
+    second: Mapping[str, Any],
+    one: Sequence[int | None] | None,
+    two: Sequence[int | None] | None,
 ) -> Difference | None:
     if one is not None and two is not None and tuple(one[1:]) != tuple(two[1:]):
         return Difference("the input's shape", tuple(one), tuple(two), "shape")
     if policy_name(first.get("dtype")) != policy_name(second.get("dtype")):
-        return Difference("the input's dtype", policy_name(first.get("dtype")), policy_name(second.get("dtype")), "shape")
+        return Difference(
+            "the input's dtype", policy_name(first.get("dtype")), policy_name(second.get("dtype")), "shape"
+        )
     return None
 
 

@@ -108,9 +108,7 @@ class Plan:
                 raise PlanError(
                     f"The plan was written by kmerge {values.get('kmerge')}, which is newer: update kmerge to use it."
                 )
-            layers = tuple(
-                LayerPlan(**{**layer, "layers": tuple(layer["layers"])}) for layer in values["layers"]
-            )
+            layers = tuple(LayerPlan(**{**layer, "layers": tuple(layer["layers"])}) for layer in values["layers"])
             sources = tuple(SourceFacts(**source) for source in values["sources"])
             rest = {key: values[key] for key in ("method", "options", "trunk", "inputs", "outputs", "freeze")}
             weights = tuple(float(weight) for weight in values["weights"])
@@ -125,7 +123,9 @@ class Plan:
                 **rest,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(f"This is no plan of kmerge ({error}): make one with kmerge combine --dry-run --json.") from None
+            raise PlanError(
+                f"This is no plan of kmerge ({error}): make one with kmerge combine --dry-run --json."
+            ) from None
         for layer in plan.layers:
             if layer.role not in ("shared", "private"):
                 raise PlanError(f"The plan gives '{layer.name}' the role '{layer.role}': expected shared or private.")
@@ -196,14 +196,15 @@ def head_layers(source: Source) -> set[int]:
     seen: set[int] = set()
     waiting = [ref.call for ref in refs(graph.outputs)]
     while waiting:
-        call = waiting.pop()
-        if call in seen:
+        number = waiting.pop()
+        if number in seen:
             continue
-        seen.add(call)
-        if source.states[graph.calls[call].layer].weights and graph.layers[graph.calls[call].layer].class_name not in RANDOM:
-            heads.add(graph.calls[call].layer)
+        seen.add(number)
+        layer = graph.calls[number].layer
+        if source.states[layer].weights and graph.layers[layer].class_name not in RANDOM:
+            heads.add(layer)
         else:
-            waiting.extend(ref.call for ref in refs(graph.calls[call].arguments))
+            waiting.extend(ref.call for ref in refs(graph.calls[number].arguments))
     for call in graph.calls:
         if any(graph.calls[ref.call].layer in heads for ref in refs(call.arguments)):
             heads.add(call.layer)
@@ -236,9 +237,9 @@ def make_plan(sources: Sequence[Source], rules: Rules, version: str = "") -> Pla
     check_rules(rules, labels)
     weights = tuple(float(weight) for weight in normalise_weights(rules.weights, len(sources)))
     facts = tuple(source_facts(source) for source in sources)
-    shared = {"method": rules.method, "options": dict(rules.options), "weights": weights}
+    notes: tuple[str, ...] = ()
     if any(source.graph is None for source in sources):
-        layers, notes = _plan_without_graph(sources, rules), ()
+        layers = _plan_without_graph(sources, rules)
     else:
         layers, notes = _plan_layers(lay_out(sources), rules)
     warnings = tuple(f"'{source.label}': {warning}" for source in sources for warning in source.warnings)
@@ -251,13 +252,15 @@ def make_plan(sources: Sequence[Source], rules: Rules, version: str = "") -> Pla
     return Plan(
         sources=facts,
         layers=layers,
+        method=rules.method,
+        options=dict(rules.options),
+        weights=weights,
         trunk=rules.trunk,
         inputs=rules.inputs,
         outputs=rules.outputs,
         freeze=rules.freeze,
         notes=warnings + notes,
         kmerge=version,
-        **shared,
     )
 
 
@@ -343,7 +346,8 @@ def _plan_without_graph(sources: Sequence[Source], rules: Rules) -> tuple[LayerP
             if key not in mine or key not in theirs:
                 has, lacks = (first, source) if key in mine else (source, first)
                 raise LayoutError(
-                    f"weight '{key}' is in '{has.label}' but not in '{lacks.label}': without a graph, sources must hold the "
+                    f"weight '{key}' is in '{has.label}' but not in '{lacks.label}': without a graph, sources "
+                    "must hold the "
                     "same weights. Leave one out."
                 )
             if mine[key].tensor.shape != theirs[key].tensor.shape:
@@ -396,7 +400,7 @@ def _plan_layers(layout: Layout, rules: Rules) -> tuple[tuple[LayerPlan, ...], t
     if rules.trunk == "all" and "private" not in forced.values():
         _check_everything_matched(layout)
     _check_outputs(layout, rules)
-    matched = [{mine: theirs for mine, theirs in found.layers.items()} for found in layout.matches]
+    matched = [found.layers for found in layout.matches]
     plans = []
     for number, layer in enumerate(graph.layers):
         has_weights = bool(first.states[number].weights)
@@ -463,7 +467,9 @@ def _wanted_roles(layout: Layout, rules: Rules) -> tuple[set[int], dict[int, Rol
         for number in fitting:
             if graph.layers[number].is_input:
                 if len(fitting) == 1:
-                    raise PlanError(f"'{graph.layers[number].name}' is an input: --inputs shared|separate decides over it.")
+                    raise PlanError(
+                        f"'{graph.layers[number].name}' is an input: --inputs shared|separate decides over it."
+                    )
                 continue
             forced[number] = role
     wanted = (wanted | {n for n, role in forced.items() if role == "shared"}) - {
@@ -516,7 +522,8 @@ def _checked(layout: Layout, number: int, forced: Role | None, rules: Rules, not
         if rules.method == "pick":
             return "shared"
         raise LayoutError(
-            f"layer {number + 1} '{layer.name}' ({layer.class_name}) is quantised, and differs between the sources: its "
+            f"layer {number + 1} '{layer.name}' ({layer.class_name}) is quantised, and differs between the "
+            "sources: its "
             f"integers cannot be combined. Keep it per source with --private {layer.name}, or take one source's with "
             "--method pick."
         )
@@ -529,7 +536,8 @@ def _checked(layout: Layout, number: int, forced: Role | None, rules: Rules, not
         )
     if different.kind == "state" and forced is None:
         notes.append(
-            f"'{layer.name}' ({layer.class_name}) stays private, because {different.sentence(layout.first.label, source.label)}: "
+            f"'{layer.name}' ({layer.class_name}) stays private, because "
+            f"{different.sentence(layout.first.label, source.label)}: "
             "the shared layers behind it run once per source"
         )
         return "private"
@@ -543,10 +551,13 @@ def _difference_message(layout: Layout, number: int, source: Source, different: 
         rest = source_graph(source).layers
         found = layout.matches[layout.sources.index(source)]
         free = next((item for index, item in enumerate(rest) if index not in found.layers.values()), None)
-        instead = f"'{source.label}' has '{free.name}' ({free.class_name}) there" if free else f"'{source.label}' ends there"
+        instead = (
+            f"'{source.label}' has '{free.name}' ({free.class_name}) there" if free else f"'{source.label}' ends there"
+        )
         return (
             f"{where} of '{layout.first.label}' has no counterpart in '{source.label}': {instead}.\n"
-            f"Shared layers need the same network up to them: end the trunk earlier with --trunk LAYER, keep it per source "
+            "Shared layers need the same network up to them: end the trunk earlier with --trunk LAYER, keep "
+            "it per source "
             f"with --private {layer.name}, or leave '{source.label}' out."
         )
     needs = {
@@ -567,7 +578,8 @@ def _check_inputs(layout: Layout, rules: Rules) -> None:
         mine, theirs = len(refs(first.inputs)), len(refs(source_graph(source).inputs))
         if rules.inputs == "shared" and mine != theirs:
             raise LayoutError(
-                f"'{layout.first.label}' has {mine} inputs but '{source.label}' has {theirs}: one input for all needs as many "
+                f"'{layout.first.label}' has {mine} inputs but '{source.label}' has {theirs}: one input for "
+                "all needs as many "
                 f"in every source. Give every source its own with --inputs separate, or leave '{source.label}' out."
             )
 
@@ -668,7 +680,8 @@ def check_plan(plan: Plan, sources: Sequence[Source]) -> None:
         there = planned[number].class_name if number < len(planned) else "nothing"
         if here != there:
             raise PlanError(
-                f"The plan is for another network: layer {number + 1} is {there} in the plan but {here} in '{sources[0].name}'."
+                f"The plan is for another network: layer {number + 1} is {there} in the plan but {here} in "
+                f"'{sources[0].name}'."
             )
     for number, layer in enumerate(planned):
         if layer.method or (layer.role == "shared" and layout.first.states[number].weights):

@@ -217,7 +217,8 @@ def _open_h5(path: Path, label: str, opened: ExitStack) -> Source:
     )
     if "model_weights" not in weights.names():
         raise FormatError(
-            f"'{path.name}' holds a configuration but no weights (no group 'model_weights'): save the trained model again."
+            f"'{path.name}' holds a configuration but no weights (no group 'model_weights'): save the trained "
+            "model again."
         )
     if not has_graph(model):
         warning = f"'{model['class_name']}' is a subclassed model: its configuration holds no graph."
@@ -320,7 +321,7 @@ def _states_h5(
                 f"'{weights.path.name}' holds {count or 'no'} weights for layer '{layer.name}' ({layer.class_name}): "
                 f"expected {len(specs)}. Save the trained model again."
             )
-    warnings = ()
+    warnings: tuple[str, ...] = ()
     top = f"{prefix}top_level_model_weights"
     if "top_level_model_weights" in weights.names(group) and _names(weights, top, "weight_names"):
         warnings = ("weights of the model object itself, outside its layers, are not merged",)
@@ -367,20 +368,20 @@ def _split(model: Nested, found: Sequence[Weight], name: str, file: str) -> dict
     if unknown or len(places) != len(found):
         who = f"layer '{unknown[0].name}' ({unknown[0].class_name})" if unknown else "its layers"
         raise FormatError(
-            f"'{file}' stores the weights of the nested model '{name}' in one list, and kmerge cannot tell which belong to "
+            f"'{file}' stores the weights of the nested model '{name}' in one list, and kmerge cannot tell "
+            "which belong to "
             f"{who}: load it with Keras and save it as .keras."
         )
     numbered: dict[Address, list[tuple[int, Weight]]] = {}
     for (address, spec, number), weight in zip(places, found, strict=True):
         numbered.setdefault(address, []).append((number, replace(weight, name=spec.name, kind=spec.kind)))
     return {
-        address: [weight for _, weight in sorted(items, key=lambda item: item[0])] for address, items in numbered.items()
+        address: [weight for _, weight in sorted(items, key=lambda item: item[0])]
+        for address, items in numbered.items()
     }
 
 
-def _split_by_name(
-    leaves: list[tuple[Address, Layer]], found: Sequence[Weight]
-) -> dict[Address, list[Weight]] | None:
+def _split_by_name(leaves: list[tuple[Address, Layer]], found: Sequence[Weight]) -> dict[Address, list[Weight]] | None:
     names = [layer.name for _, layer in leaves]
     if len(set(names)) != len(names):
         return None
@@ -452,14 +453,18 @@ def _flat_keras3(weights: Weights) -> State:
             Weight(
                 key,
                 weight_name(class_name, config, "vars/" + key.rpartition("/")[2]) if class_name else key,
-                weight_kind(class_name, config, key if not class_name else "vars/" + key.rpartition("/")[2], tensor.dtype)
+                weight_kind(
+                    class_name, config, key if not class_name else "vars/" + key.rpartition("/")[2], tensor.dtype
+                )
                 if "seed_generator" not in key
                 else WeightKind.STATE,
                 tensor,
                 tree.attributes.get(key, {}),
             )
         )
-    groups = {place: items for place, items in tree.groups.items() if place.split("/")[0] not in ("optimizer", "_optimizer")}
+    groups = {
+        place: items for place, items in tree.groups.items() if place.split("/")[0] not in ("optimizer", "_optimizer")
+    }
     return State(tuple(found), groups)
 
 
@@ -521,7 +526,8 @@ def _states_keras3(
         own = [weight for weight in found if weight.key.startswith("vars/")]
         if specs and not found:
             raise FormatError(
-                f"'{weights.path.name}' holds no weights for layer '{layer.name}' ({layer.class_name}): expected them under "
+                f"'{weights.path.name}' holds no weights for layer '{layer.name}' ({layer.class_name}): "
+                "expected them under "
                 f"'{place}'. Save the trained model again."
             )
         if specs and own and len(own) < len(specs):
@@ -583,12 +589,14 @@ def _with_graph(source: Source, base: Source) -> Source:
     """A file with weights only, read as the weights of another file's network."""
     if base.nested is None or base.model is None or base.dialect is None:
         raise FormatError(
-            f"The base '{base.name}' holds no graph either: give a whole model (.h5 or .keras) of the same architecture."
+            f"The base '{base.name}' holds no graph either: give a whole model (.h5 or .keras) of the same "
+            "architecture."
         )
     old = source.kind is Kind.H5_WEIGHTS
     if old is not (base.kind is Kind.H5):
         raise FormatError(
-            f"'{source.name}' is laid out like {'an .h5' if old else 'a .keras'} file and the base '{base.name}' is not: "
+            f"'{source.name}' is laid out like {'an .h5' if old else 'a .keras'} file and the base "
+            f"'{base.name}' is not: "
             f"give a base in {'.h5' if old else '.keras'} format."
         )
     bound = _with_states(source, base.model, base.dialect, source.metadata["weights"])

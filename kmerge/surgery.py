@@ -151,11 +151,13 @@ class _Surgeon:
         flat = [flatten(structure) for structure in made]
         if all(tensors == flat[0] for tensors in flat):
             names = self._output_names(0)
-            return made[0], {label: names for label in labels}
+            return made[0], dict.fromkeys(labels, names)
         if self.plan.outputs == "mean":
             return self._mean(made[0], flat)
         heads = {
-            label: [label] if len(tensors) == 1 else _told_apart([f"{label}_{name}" for name in self._output_names(number)])
+            label: [label]
+            if len(tensors) == 1
+            else _told_apart([f"{label}_{name}" for name in self._output_names(number)])
             for number, (label, tensors) in enumerate(zip(labels, flat, strict=True))
         }
         clash = _first_repeated([name for names in heads.values() for name in names])
@@ -188,7 +190,7 @@ class _Surgeon:
             means.append(self._average(tensors, name, dialect))
         replaced = iter(means)
         # A dictionary's leaves are visited by sorted key, as `flatten` gives them.
-        return _refill(structure, lambda: next(replaced)), {label: names for label in self.plan.labels}
+        return _refill(structure, lambda: next(replaced)), dict.fromkeys(self.plan.labels, names)
 
     def _average(self, tensors: Sequence[Ref], name: str, dialect: Dialect) -> Ref:
         weights = self.plan.weights
@@ -197,7 +199,9 @@ class _Surgeon:
         scaled = []
         for number, (tensor, weight) in enumerate(zip(tensors, weights, strict=True)):
             if weight > 0:
-                layer = _plain_layer("Rescaling", f"{name}_share_{number + 1}", {"scale": weight, "offset": 0.0}, dialect)
+                layer = _plain_layer(
+                    "Rescaling", f"{name}_share_{number + 1}", {"scale": weight, "offset": 0.0}, dialect
+                )
                 scaled.append(self._add_layer(layer, _merging([tensor], dialect)))
         if len(scaled) == 1:
             return scaled[0]
@@ -238,12 +242,15 @@ class _Surgeon:
     def _makers(self, graph: Graph, heads: dict[str, list[str]]) -> dict[int, str]:
         """Layers that make a head's output and can be named after it: private ones, and averages."""
         makers: dict[int, str] = {}
-        if self.plan.outputs == "mean" and all(not self.origins[graph.calls[r.call].layer].members for r in refs(graph.outputs)):
+        if self.plan.outputs == "mean" and all(
+            not self.origins[graph.calls[r.call].layer].members for r in refs(graph.outputs)
+        ):
             for ref in refs(graph.outputs):
                 makers.setdefault(graph.calls[ref.call].layer, self.layers[graph.calls[ref.call].layer].name)
             return makers
         if isinstance(graph.outputs, dict):
-            pairs = [(name, ref) for names in heads.values() for name in names if (ref := graph.outputs.get(name))]
+            named = [name for names in heads.values() for name in names if name in graph.outputs]
+            pairs = [(name, ref) for name in named for ref in refs(graph.outputs[name])]
         else:
             names = [name for label in heads for name in heads[label]]
             pairs = list(zip(names, flatten(graph.outputs), strict=False))
@@ -282,7 +289,9 @@ def _rename(layer: Layer, name: str, origin: MergedLayer, objects: dict[Any, int
     def renumber(value: Any) -> Any:
         if isinstance(value, dict):
             return {
-                key: objects.setdefault((source, item), len(objects) + 1) if key == "shared_object_id" else renumber(item)
+                key: objects.setdefault((source, item), len(objects) + 1)
+                if key == "shared_object_id"
+                else renumber(item)
                 for key, item in value.items()
             }
         if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What kmerge writes is what Keras itself would write: over every built-in layer and every shape of graph in the zoo."""
+"""What kmerge writes is what Keras itself would write, over every built-in layer and shape of graph in the zoo."""
 
 from __future__ import annotations
 
@@ -100,13 +100,15 @@ def test_merged_file_is_kerass_own(name: str, suffix: str, tmp_path: Path) -> No
 
 
 def plain(value: Any) -> Any:
-    """A configuration without object numbers, what newer Keras writes and older Keras chokes on, and defaults of calls."""
+    """A configuration without object numbers, defaults of calls, and what older Keras chokes on."""
     if isinstance(value, dict):
         left_out = ("shared_object_id", "compile_config", "quantization_config", "build_config", "optional", "ragged")
         return {
             key: plain(item)
             for key, item in value.items()
-            if key not in left_out and not key.startswith("renorm") and item is not None
+            if key not in left_out
+            and not key.startswith("renorm")
+            and item is not None
             and not (key == "training" and item is False)
         }
     if isinstance(value, list):
@@ -117,7 +119,7 @@ def plain(value: Any) -> Any:
 def tree(file: h5py.File) -> dict[str, Any]:
     """Every group with its attributes, every data set with its bytes.
 
-    Names of sub-layers that a layer makes itself are numbered anew in every process: only those of `model.layers` count.
+    Names of sub-layers that a layer makes itself are numbered anew in every process: those of `model.layers` count.
     """
     found: dict[str, Any] = {}
 
@@ -126,7 +128,7 @@ def tree(file: h5py.File) -> dict[str, Any]:
         if isinstance(item, h5py.Dataset):
             found[path] = (item.shape, str(item.dtype), item[()].tobytes(), attributes)
         else:
-            found[path] = attributes if path.count("/") <= 2 else {key: "" for key in attributes}
+            found[path] = attributes if path.count("/") <= 2 else dict.fromkeys(attributes, "")
 
     file.visititems(visit)
     return found

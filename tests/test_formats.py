@@ -207,7 +207,8 @@ def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new_one(suffix: str, fo
     old = out.read_bytes()
     program = (
         "import kmerge, sys\n"
-        f"kmerge.combine([{str(folder / f'a{suffix}')!r}] * 2, {str(out)!r}, labels=['x', 'y'], trunk='none', force=True)\n"
+        f"kmerge.combine([{str(folder / f'a{suffix}')!r}] * 2, {str(out)!r}, labels=['x', 'y'], trunk='none', "
+        "force=True)\n"
     )
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", program], check=True, env=_environment())

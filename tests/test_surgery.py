@@ -1,4 +1,4 @@
-"""The merged graphs themselves: the three of the question that kmerge answers, trained; roles, names, inputs and outputs."""
+"""The merged graphs: the three of the question that kmerge answers, trained; roles, names, inputs and outputs."""
 
 from __future__ import annotations
 
@@ -57,12 +57,7 @@ def moved(before: list[np.ndarray], after: list[np.ndarray]) -> bool:
 
 
 def calls(model: Any, layer: str) -> int:
-    return sum(
-        1
-        for entry in model.get_config()["layers"]
-        if entry["name"] == layer
-        for _ in entry["inbound_nodes"]
-    )
+    return sum(1 for entry in model.get_config()["layers"] if entry["name"] == layer for _ in entry["inbound_nodes"])
 
 
 def test_one_shared_trunk_with_three_heads_trains_with_a_loss_per_label(
@@ -95,12 +90,10 @@ def test_one_shared_trunk_with_three_heads_trains_with_a_loss_per_label(
 def test_a_frozen_trunk_does_not_move(models: dict[str, Any], digits: tuple[np.ndarray, np.ndarray]) -> None:
     merged = kmerge.merge_models(models, method="mean", freeze=True)
     assert [merged.get_layer(name).trainable for name in ("first", "second", "a_scores")] == [False, False, True]
-    merged.compile(optimizer="adam", loss={label: "sparse_categorical_crossentropy" for label in LABELS})
+    merged.compile(optimizer="adam", loss=dict.fromkeys(LABELS, "sparse_categorical_crossentropy"))
     trunk = {name: weights_of(merged, name) for name in ("first", "second")}
     heads = {name: weights_of(merged, name) for name in ("a_scores", "b_scores", "c_scores")}
-    merged.fit(
-        digits[0], dict(zip(LABELS, targets_of(digits), strict=True)), epochs=1, batch_size=64, verbose=0
-    )
+    merged.fit(digits[0], dict(zip(LABELS, targets_of(digits), strict=True)), epochs=1, batch_size=64, verbose=0)
     for name, values in trunk.items():
         assert not moved(values, weights_of(merged, name))
     for name, values in heads.items():
@@ -125,9 +118,7 @@ def test_three_private_towers_into_one_shared_output_layer(digits: tuple[np.ndar
     np.testing.assert_allclose(merged.get_layer("digit").get_weights()[0], np.mean(kernels, axis=0), atol=1e-6)
     merged.compile(optimizer="adam", loss="sparse_categorical_crossentropy")
     before = weights_of(merged, "digit")
-    history = merged.fit(
-        digits[0], {label: digits[1] for label in LABELS}, epochs=1, batch_size=64, verbose=0
-    )
+    history = merged.fit(digits[0], dict.fromkeys(LABELS, digits[1]), epochs=1, batch_size=64, verbose=0)
     assert np.isfinite(history.history["loss"][0])
     assert moved(before, weights_of(merged, "digit"))
 

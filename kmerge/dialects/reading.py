@@ -229,7 +229,9 @@ def _read_functional(model: Mapping[str, Any], dialect: Dialect, depth: int) -> 
         if not layer.name:
             raise GraphError(f"The configuration of '{name}' lists a {layer.class_name} without a name.")
         if layer.name in numbers:
-            raise GraphError(f"The configuration of '{name}' has two layers named '{layer.name}': names must be unique.")
+            raise GraphError(
+                f"The configuration of '{name}' has two layers named '{layer.name}': names must be unique."
+            )
         if _keeps_graph(entry):
             models[number] = read_model(entry, dialect, depth + 1)
         if identity is not None:
@@ -256,15 +258,15 @@ def _read_functional(model: Mapping[str, Any], dialect: Dialect, depth: int) -> 
         return Ref(first[layer] + node, tensor.output, tensor.shape, tensor.dtype)
 
     calls = tuple(
-        Call(number, _map_names(argument, resolve))
-        for number, inbound in enumerate(arguments)
-        for argument in inbound
+        Call(number, _map_names(argument, resolve)) for number, inbound in enumerate(arguments) for argument in inbound
     )
     inputs = _map_names(_tensors(config["input_layers"], numbers), resolve)
     outputs = _map_names(_tensors(config["output_layers"], numbers), resolve)
     for ref in refs(inputs):
         if not layers[calls[ref.call].layer].is_input:
-            raise GraphError(f"'{name}' names '{layers[calls[ref.call].layer].name}' as input, which is no input layer.")
+            raise GraphError(
+                f"'{name}' names '{layers[calls[ref.call].layer].name}' as input, which is no input layer."
+            )
     if not refs(outputs):
         raise GraphError(f"'{name}' has no outputs.")
     graph = sort_calls(Graph(name, tuple(layers), calls, inputs, outputs))
@@ -342,10 +344,11 @@ def _revive(value: Any) -> Any:
         if value.get("class_name") == "__keras_tensor__":
             config = value.get("config")
             history = config.get("keras_history") if isinstance(config, Mapping) else None
-            if not (_is_history(history) and isinstance(config, Mapping)):
+            if not (_is_history(history) and history and isinstance(config, Mapping)):
                 raise GraphError("A call's argument is a tensor without a history: the graph cannot be followed.")
             dtype = config.get("dtype")
-            return _Name(*history, _shape(config.get("shape")), dtype if isinstance(dtype, str) else None)
+            layer, node, output = history
+            return _Name(layer, node, output, _shape(config.get("shape")), dtype if isinstance(dtype, str) else None)
         return {key: _revive(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_revive(item) for item in value]
@@ -398,7 +401,7 @@ def _node_offsets(layers: list[Layer], arguments: list[list[Any]], config: Mappi
     """Per layer, the number of its first call.
 
     Models start with a call of their own (how they were built), so that the first call in the configuration is number
-    1; whether they do depends on class and version. Every call of a network is referred to, so the highest number tells.
+    1; whether they do depends on class and version. Every call of a network is referred to: the highest number tells.
     """
     highest: dict[str, int] = {}
     tensors = [_tensors(config["input_layers"], {}), _tensors(config["output_layers"], {}), arguments]

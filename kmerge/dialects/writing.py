@@ -22,7 +22,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 
 def knows_dictionaries(dialect: Dialect, version: str) -> bool:
-    """Whether a network of this writer can have a dictionary of outputs: Keras 3, and tf.keras from TensorFlow 2.2 on."""
+    """Whether this writer's networks can have a dictionary of outputs: Keras 3, and tf.keras from TensorFlow 2.2 on."""
     if dialect is not Dialect.KERAS2:
         return True
     number = parse_version(version)
