@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -113,6 +113,7 @@ def combine(
         work = _Workspace(stack)
         target = _target(output, work.peek(sources))
         opened = work.open(sources, rules, base, target)
+        work.protect(target, plan)
         job = _prepare(opened, rules, plan)
         if not dry_run:
             job = _write(job, target, work, force, progress)
@@ -238,6 +239,7 @@ class _Workspace:
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
         self._folder: Path | None = None
+        self._inputs: list[Path] = []
 
     @property
     def folder(self) -> Path:
@@ -251,6 +253,8 @@ class _Workspace:
             raise PlanError("One source is given where a list of them is expected: a merge needs at least two.")
         if isinstance(sources, Mapping):
             return dict(sources)
+        if not isinstance(sources, Iterable):
+            raise PlanError(f"The sources are {type(sources).__name__}: expected a list of paths or Keras models.")
         values = list(sources)
         names = [str(value.name) if live.is_model(value) else stem(value) for value in values]
         return dict(zip(unique_labels(names), values, strict=True))
@@ -265,6 +269,7 @@ class _Workspace:
             ground = None
             if base is not None:
                 ground = bases.enter_context(open_source(base, "base"))
+                self._inputs.append(Path(base))
             opened = [self._open(value, label, ground) for label, value in zip(labels, values.values(), strict=True)]
         return self._unify(opened, target)
 
@@ -274,10 +279,29 @@ class _Workspace:
             source = replace(open_source(path, label), name=str(value.name), path=None)
         elif isinstance(value, (str, os.PathLike)):
             source = open_source(value, label, base)
+            self._inputs += source.files
         else:
             raise PlanError(f"The source '{label}' is a {type(value).__name__}: expected a path or a Keras model.")
         self._stack.callback(source.close)
         return source
+
+    def protect(self, target: Path, plan: Any) -> None:
+        """No input is ever changed: not a source, a part of one, the base or the plan.
+
+        Raises:
+            OutputError: if the output is one of them, or would stand inside one.
+        """
+        plans = [Path(plan)] if isinstance(plan, (str, os.PathLike)) else []
+        try:
+            place = target.resolve()
+        except (OSError, ValueError):
+            return  # no name that a file can have: writing will say so
+        for path in (*self._inputs, *plans):
+            if place == path.resolve() or (path.is_dir() and path.resolve() in place.parents):
+                what = "the plan" if path in plans else "one of the sources, or a part of one"
+                raise OutputError(
+                    f"'{target}' is {what} ('{path.name}'): inputs are never changed. Give another output with -o."
+                )
 
     def _subfolder(self) -> Path:
         return Path(tempfile.mkdtemp(dir=self.folder))
@@ -511,18 +535,12 @@ def _write_through_keras(job: _Job, target: Path, work: _Workspace, force: bool,
 
 
 def _check_target(job: _Job, target: Path) -> None:
-    """No input is ever changed; weights-only files need the suffix that Keras wants."""
-    for source in job.sources:
-        if source.path is not None and target.exists() and target.resolve() == source.path.resolve():
-            raise OutputError(
-                f"'{target}' is one of the sources: inputs are never changed. Give another output with -o."
-            )
+    """Files without a graph need the suffix that Keras wants."""
     kind = job.assembly.kind
     if kind in (Kind.WEIGHTS, Kind.SHARDS) and not target.name.endswith(".weights.h5"):
         raise OutputError(
             "The sources hold Keras 3 weights only, and Keras opens such a file only as .weights.h5: "
-            f"'{target.name}' is "
-            "named otherwise. Give -o with that suffix, or the architecture with --base FILE."
+            f"'{target.name}' is named otherwise. Give -o with that suffix, or the architecture with --base FILE."
         )
     if job.merged is None and kind in (Kind.KERAS, Kind.FOLDER) and _family(target) is False:
         raise OutputError(

@@ -1,4 +1,4 @@
-"""From a merged graph to everything a file of it holds: configuration, groups, attributes, and where each weight goes."""
+"""From a merged graph to all that a file of it holds: configuration, groups, attributes, where each weight goes."""
 
 from __future__ import annotations
 

@@ -248,7 +248,8 @@ class _Worker:
             if stop % LEAF == 0 or stop == weight.tensor.size:
                 leaves[first] = part.digest()
         if values is not row:
-            row[:] = values.astype(row.dtype)
+            with np.errstate(all="ignore"):  # what overflows is found when it is merged
+                row[:] = values.astype(row.dtype)
         return raw.nbytes
 
     def _merge(self, target: Target, stack: Array, start: int) -> Array:
@@ -287,11 +288,13 @@ class _Worker:
 
     def _explain(self, target: Target, start: int, result: Array) -> NoReturn:
         """Raise because merged values are not finite: such a trunk would be lost for every source."""
-        for source, weight in target.members:
-            if self.share[source] and not np.all(np.isfinite(_read(weight, start, result.size).astype(np.float64))):
+        sources = [source for source, _ in target.members]
+        means = zip(sources, target.means, strict=False)
+        for source, weight in (*target.members, *means):
+            if self.share[source] and not np.all(np.isfinite(_comparable(_read(weight, start, result.size)))):
                 label = self.labels[source]
                 raise MergeError(
-                    f"layer '{target.layer}': {target.weight.name} of '{label}' holds values that are not finite "
+                    f"layer '{target.layer}': {weight.name} of '{label}' holds values that are not finite "
                     f"numbers (NaN or infinity), and merging would spread them to every source. "
                     f"Leave '{label}' out, or keep the layer per source with --private {target.layer}."
                 )
@@ -305,6 +308,11 @@ def _read(weight: Weight, start: int, count: int) -> Array:
     values = np.empty(count, dtype=numpy_dtype(weight.tensor.dtype))
     weight.tensor.read_into(start, values)
     return values
+
+
+def _comparable(values: Array) -> Array:
+    """Values of a type that NumPy can test for numbers."""
+    return values if values.dtype.kind in "fc" else values.astype(np.float64)
 
 
 def _finite(values: Array) -> bool:

@@ -106,26 +106,37 @@ class _Matcher:
         for mine, theirs in zip(refs(self.first.inputs), refs(self.other.inputs), strict=False):
             if self.fits(mine.call, theirs.call):
                 self.pair(mine.call, theirs.call)
-        waiting: dict[str, list[int]] = {}
-        for number, call in enumerate(self.other.calls):
-            if call.arguments is not None:
-                waiting.setdefault(self._key(self.other, call, None), []).append(number)
-        for number, call in enumerate(self.first.calls):
-            key = self._key(self.first, call, self.calls) if call.arguments is not None else ""
-            fitting = [other for other in waiting.get(key, []) if self.fits(number, other)] if key else []
-            chosen = next((other for other in fitting if self._same(number, other)), None)
-            if chosen is None:
-                rest = [peer for peer in self._peers(key) if peer != number and peer not in self.calls]
-                chosen = next((o for o in fitting if not any(self._same(peer, o) for peer in rest)), None)
-            if chosen is not None:
-                self.pair(number, chosen)
+        theirs = self._alike(self.other)
+        for alike in self._alike(self.first).values():
+            key = self._key(self.first, self.first.calls[alike[0]], self.calls)
+            if key:
+                self._pair_alike(alike, theirs.get(key, []))
 
-    def _peers(self, key: str) -> list[int]:
-        return [
-            number
-            for number, call in enumerate(self.first.calls)
-            if call.arguments is not None and self._key(self.first, call, self.calls) == key
-        ]
+    def _alike(self, graph: Graph) -> dict[str, list[int]]:
+        """Calls of one class on the same tensors, by what they have in common, in topological order."""
+        groups: dict[str, list[int]] = {}
+        for number, call in enumerate(graph.calls):
+            if call.arguments is not None:
+                groups.setdefault(self._key(graph, call, None), []).append(number)
+        return groups
+
+    def _pair_alike(self, mine: Sequence[int], theirs: Sequence[int]) -> None:
+        """Pair calls of one class on the same tensors: those of equal configuration first, in order.
+
+        Where as many stand on both sides but of other configurations, those that stand at the same place come before.
+        """
+        wanted = sorted(self.first_plain[self.first.calls[call].layer] for call in mine)
+        found = sorted(self.other_plain[self.other.calls[call].layer] for call in theirs)
+        if len(mine) == len(theirs) and wanted != found:
+            for call, other in zip(mine, theirs, strict=True):
+                if self._same(call, other) and self.fits(call, other):
+                    self.pair(call, other)
+        for equal in (True, False):
+            for call in mine:
+                fitting = (other for other in theirs if self.fits(call, other))
+                chosen = next((other for other in fitting if not equal or self._same(call, other)), None)
+                if chosen is not None:
+                    self.pair(call, chosen)
 
     def _same(self, call: int, other_call: int) -> bool:
         return self.first_plain[self.first.calls[call].layer] == self.other_plain[self.other.calls[other_call].layer]

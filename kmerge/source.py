@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from kmerge.dialects.reading import (
 from kmerge.dialects.vocabulary import WeightKind, weight_kind, weight_name, weight_specs
 from kmerge.errors import FormatError, GraphError, KmergeError, PlanError
 from kmerge.graph import Graph, Layer, refs
-from kmerge.store import Asset, Kind, Tensor, Weights, identify, open_archive, open_hdf5, open_shards, read_json
+from kmerge.store import Asset, Kind, Tensor, Tree, Weights, identify, open_archive, open_hdf5, open_shards, read_json
 from kmerge.store.shards import ShardedWeights
 
 SUFFIXES = (".weights.h5", ".weights.json", ".keras", ".hdf5", ".h5")
@@ -91,6 +92,8 @@ class Source:
     states: tuple[State, ...] = ()
     training: Any = None
     warnings: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
+    """All files that it is read from: the path itself, and shards."""
     root: Mapping[str, Any] = field(default_factory=dict)
     """Attributes of the file's root group (weights without a graph)."""
     nested: Nested | None = field(default=None, repr=False)
@@ -179,7 +182,7 @@ def open_source(path: str | os.PathLike[str], label: str | None = None, base: So
     except BaseException:
         opened.close()
         raise
-    return replace(source, close=opened.close)
+    return replace(source, files=(path, *source.files), close=opened.close)
 
 
 def _file_size(path: Path) -> int:
@@ -436,46 +439,46 @@ def _open_archive(path: Path, label: str, kind: Kind, opened: ExitStack) -> Sour
     return replace(source, dialect=Dialect.KERAS3, graph=graph, states=states, nested=nested, warnings=warnings)
 
 
-def _named_after(tree: Any, key: str) -> str:
-    """The layer's own name beside a weight of Keras 3.6 or later, which tells its class where names are automatic."""
-    group = key.rpartition("/")[0]
-    return _text(tree.groups.get(group, {}).get("name"))
-
-
 def _flat_keras3(weights: Weights) -> State:
     tree = weights.tree()
-    found = []
-    for key, tensor in tree.tensors.items():
-        if key.split("/")[0] in ("optimizer", "_optimizer"):
-            continue
-        class_name, config = _guess(key, _named_after(tree, key), tree)
-        found.append(
-            Weight(
-                key,
-                weight_name(class_name, config, "vars/" + key.rpartition("/")[2]) if class_name else key,
-                weight_kind(
-                    class_name, config, key if not class_name else "vars/" + key.rpartition("/")[2], tensor.dtype
-                )
-                if "seed_generator" not in key
-                else WeightKind.STATE,
-                tensor,
-                tree.attributes.get(key, {}),
-            )
-        )
+    known = _Batches(tree)
+    found = [
+        known.weight(key, key, "", {}) for key in tree.tensors if key.split("/")[0] not in ("optimizer", "_optimizer")
+    ]
     groups = {
         place: items for place, items in tree.groups.items() if place.split("/")[0] not in ("optimizer", "_optimizer")
     }
     return State(tuple(found), groups)
 
 
-def _guess(key: str, name: str, tree: Any) -> tuple[str, dict[str, Any]]:
-    """BatchNormalization, where a path or an automatic name says so; without a graph nothing else matters."""
-    group = key.rpartition("/")[0]
-    path = group.removesuffix("/vars").rpartition("/")[2]
-    if not (path.startswith("batch_normalization") or name.startswith("batch_normalization")):
-        return "", {}
-    count = sum(1 for other in tree.tensors if other.rpartition("/")[0] == group)
-    return "BatchNormalization", {"scale": count == 4 or count == 3, "center": count == 4}
+class _Batches:
+    """Weights of one tree, with BatchNormalization found where no configuration tells of it.
+
+    Inside custom layers and in files without a graph, a path or an automatic name (which Keras writes since 3.6) tells.
+    """
+
+    def __init__(self, tree: Tree) -> None:
+        self.tree = tree
+        self.counts = Counter(key.rpartition("/")[0] for key in tree.tensors)
+
+    def weight(self, key: str, local: str, class_name: str, config: Mapping[str, Any]) -> Weight:
+        """The weight at `key`, which lies at `local` under a layer of that class."""
+        tensor = self.tree.tensors[key]
+        name = weight_name(class_name, config, local)
+        kind = weight_kind(class_name, config, local, tensor.dtype)
+        if kind is WeightKind.WEIGHT and self._is_batch_normalization(key):
+            count = self.counts[key.rpartition("/")[0]]
+            guessed = {"scale": count >= 3, "center": count >= 4}
+            place = "vars/" + key.rpartition("/")[2]
+            name = weight_name("BatchNormalization", guessed, place)
+            kind = weight_kind("BatchNormalization", guessed, place, tensor.dtype)
+        return Weight(local, name, kind, tensor, self.tree.attributes.get(key, {}))
+
+    def _is_batch_normalization(self, key: str) -> bool:
+        group = key.rpartition("/")[0]
+        path = group.removesuffix("/vars").rpartition("/")[2]
+        name = _text(self.tree.groups.get(group, {}).get("name"))
+        return path.startswith("batch_normalization") or name.startswith("batch_normalization")
 
 
 def _states_keras3(
@@ -484,6 +487,7 @@ def _states_keras3(
     paths = weight_paths(nested)
     old = "layers" not in weights.names() and "_layer_checkpoint_dependencies" in weights.names()
     tree = weights.tree()
+    known = _Batches(tree)
     states = []
     used: set[str] = set()
     inside: dict[str, list[str]] = {}
@@ -511,16 +515,7 @@ def _states_keras3(
                 groups[local] = tree.groups[key]
             else:
                 used.add(key)
-                tensor = tree.tensors[key]
-                found.append(
-                    Weight(
-                        local,
-                        weight_name(layer.class_name, layer.config, local),
-                        weight_kind(layer.class_name, layer.config, local, tensor.dtype),
-                        tensor,
-                        tree.attributes.get(key, {}),
-                    )
-                )
+                found.append(known.weight(key, local, layer.class_name, layer.config))
         found.sort(key=lambda weight: _natural(weight.key))
         specs = weight_specs(layer.class_name, layer.config)
         own = [weight for weight in found if weight.key.startswith("vars/")]
@@ -565,7 +560,8 @@ def _natural(key: str) -> tuple[tuple[bool, int, str], ...]:
 
 def _open_weights(path: Path, label: str, kind: Kind, opened: ExitStack) -> Source:
     weights = opened.enter_context(open_shards(path) if kind is Kind.SHARDS else open_hdf5(path))
-    size = _file_size(path) + (weights.size if isinstance(weights, ShardedWeights) else 0)
+    shards = weights.files if isinstance(weights, ShardedWeights) else ()
+    size = _file_size(path) + sum(_file_size(shard) for shard in shards)
     root = weights.attributes()
     state = _flat_h5(weights, "") if kind is Kind.H5_WEIGHTS else _flat_keras3(weights)
     if not state.weights:
@@ -581,6 +577,7 @@ def _open_weights(path: Path, label: str, kind: Kind, opened: ExitStack) -> Sour
         states=(state,),
         root=root,
         warnings=("weights only: the file holds no graph",),
+        files=shards,
         metadata={"weights": weights},
     )
 

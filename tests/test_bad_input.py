@@ -1251,14 +1251,6 @@ def nan_weights(path: Path) -> Path:
 
 # ---- what every row is held against
 
-OPEN: dict[str, str] = {
-    **dict.fromkeys(("sources number", "sources nothing"), "TypeError from listing the sources"),
-    "output long name": "OSError from a look whether the output exists",
-    **dict.fromkeys(("output in a source folder", "output is a shard"), "only the source's own path is protected"),
-    **dict.fromkeys(("output is the base", "output is the plan"), "only sources are protected"),
-}
-"""Rows that kmerge does not manage yet."""
-
 
 def contents(folder: Path) -> dict[str, tuple[bytes | None, int]]:
     """Everything under a folder: bytes and time of change."""
@@ -1268,9 +1260,7 @@ def contents(folder: Path) -> dict[str, tuple[bytes | None, int]]:
     }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xfail(reason=OPEN[name])) if name in OPEN else name for name in ROWS]
-)
+@pytest.mark.parametrize("name", ROWS)
 def test_row(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make, error, words = ROWS[name]
     work, scratch = folder(tmp_path / "work"), folder(tmp_path / "scratch")
@@ -1306,7 +1296,6 @@ def test_rows_are_all_there() -> None:
         *(FormatError, UnsafeFileError, GraphError, LayoutError, PlanError),
         *(MethodError, UnrelatedError, MergeError, OutputError),
     }
-    assert set(OPEN) <= set(ROWS)
 
 
 # ---- damage by chance

@@ -420,12 +420,11 @@ def doubling(depth: int) -> dict[str, Any]:
 
 def test_exponential_nesting_is_refused_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "MAX_CALLS", 5000)  # what it takes grows with this number and with nothing else
-    with pytest.raises(UnsafeFileError, match="The network has more than 5000 calls of layers: no real model has"):
+    with pytest.raises(UnsafeFileError, match="more than 5000"):
         flat(doubling(38))
     assert len(flat(doubling(5)).calls) == 33
 
 
-@pytest.mark.xfail(reason="MAX_CALLS counts calls of layers, not visits of models: 38 levels take days", strict=True)
 def test_exponential_nesting_without_any_layer_is_refused_quickly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Empty models make no calls, but visiting them takes as long."""
     monkeypatch.setattr(reading, "MAX_CALLS", 5000)

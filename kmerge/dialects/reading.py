@@ -438,6 +438,7 @@ def dissolve(root: Nested) -> Dissolved:
     calls: list[Call] = []
     known: dict[object, int] = {}
     taken: set[str] = set()
+    visits = 0
 
     def unique(name: str, origin: tuple[str, ...]) -> str:
         candidate, number = name, 0
@@ -466,6 +467,12 @@ def dissolve(root: Nested) -> Dissolved:
 
     def run(level: Nested, given: dict[int, Ref], training: Any, origin: tuple[str, ...]) -> Structure:
         """Adds the calls of one level; returns its outputs."""
+        nonlocal visits
+        visits += 1
+        if visits > MAX_CALLS:
+            raise UnsafeFileError(
+                f"The network calls models inside models more than {MAX_CALLS} times: no real one does."
+            )
         made: dict[tuple[int, int], Ref] = {}
         bound = {ref.call for ref in refs(level.graph.inputs)} if origin else set()
 
@@ -504,7 +511,8 @@ def dissolve(root: Nested) -> Dissolved:
     outputs = run(root, {}, None, ())
     inputs = substitute(root.graph.inputs, lambda ref: Ref(_call_of(calls, known, root, ref), 0, ref.shape, ref.dtype))
     graph = sort_calls(Graph(root.graph.name, tuple(layers), tuple(calls), inputs, outputs))
-    kept = [index for index in range(len(layers)) if graph.calls_of(index)]
+    called = {call.layer for call in graph.calls}
+    kept = [index for index in range(len(layers)) if index in called]
     place = {index: number for number, index in enumerate(kept)}
     calls = [replace(call, layer=place[call.layer]) for call in graph.calls]
     graph = replace(graph, layers=tuple(layers[index] for index in kept), calls=tuple(calls))

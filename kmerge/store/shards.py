@@ -27,9 +27,9 @@ class ShardedWeights(Weights):
         self.path, self.label, self._shards = path, label, shards
 
     @property
-    def size(self) -> int:
-        """Bytes of all shards."""
-        return sum(shard.path.stat().st_size for shard in self._shards.values())
+    def files(self) -> tuple[Path, ...]:
+        """The shards' files."""
+        return tuple(shard.path for shard in self._shards.values())
 
     def close(self) -> None:
         for shard in self._shards.values():
