@@ -53,14 +53,15 @@ def _show(value: Any) -> str:
 def match(first: Source, other: Source) -> Match:
     """Lay two networks over each other.
 
-    Forward from the inputs: calls of the same class on corresponding tensors correspond, among several the one with
-    equal configuration, else the first in Keras's order. Then backward from the outputs, for what stands behind parts
-    that differ.
+    Forward from the inputs: calls of one class and configuration on corresponding tensors correspond. Then backward
+    from the outputs, for what stands behind parts that differ. What is left goes the same two ways by its class alone,
+    so that a difference can be told.
     """
     one, two = _graph(first), _graph(other)
     matcher = _Matcher(one, two)
-    matcher.forward()
-    matcher.backward()
+    for equal in (True, False):
+        matcher.forward(equal)
+        matcher.backward(equal)
     return Match(matcher.layers, matcher.calls)
 
 
@@ -84,6 +85,7 @@ class _Matcher:
         self.taken_calls: set[int] = set()
         self.first_plain = [canonical(comparable(layer.config)) for layer in first.layers]
         self.other_plain = [canonical(comparable(layer.config)) for layer in other.layers]
+        self.first_alike, self.other_alike = self._alike(first), self._alike(other)
 
     def pair(self, call: int, other_call: int) -> None:
         layer, other_layer = self.first.calls[call].layer, self.other.calls[other_call].layer
@@ -102,15 +104,14 @@ class _Matcher:
             and self.taken_layers.get(other_layer, layer) == layer
         )
 
-    def forward(self) -> None:
+    def forward(self, equal: bool) -> None:
         for mine, theirs in zip(refs(self.first.inputs), refs(self.other.inputs), strict=False):
             if self.fits(mine.call, theirs.call):
                 self.pair(mine.call, theirs.call)
-        theirs = self._alike(self.other)
-        for alike in self._alike(self.first).values():
+        for alike in self.first_alike.values():
             key = self._key(self.first, self.first.calls[alike[0]], self.calls)
             if key:
-                self._pair_alike(alike, theirs.get(key, []))
+                self._pair_alike(alike, self.other_alike.get(key, []), equal)
 
     def _alike(self, graph: Graph) -> dict[str, list[int]]:
         """Calls of one class on the same tensors, by what they have in common, in topological order."""
@@ -120,8 +121,8 @@ class _Matcher:
                 groups.setdefault(self._key(graph, call, None), []).append(number)
         return groups
 
-    def _pair_alike(self, mine: Sequence[int], theirs: Sequence[int]) -> None:
-        """Pair calls of one class on the same tensors: those of equal configuration first, in order.
+    def _pair_alike(self, mine: Sequence[int], theirs: Sequence[int], equal: bool) -> None:
+        """Pair calls of one class on the same tensors, in order: those of equal configuration, or whatever is left.
 
         Where as many stand on both sides but of other configurations, those that stand at the same place come before.
         """
@@ -131,12 +132,11 @@ class _Matcher:
             for call, other in zip(mine, theirs, strict=True):
                 if self._same(call, other) and self.fits(call, other):
                     self.pair(call, other)
-        for equal in (True, False):
-            for call in mine:
-                fitting = (other for other in theirs if self.fits(call, other))
-                chosen = next((other for other in fitting if not equal or self._same(call, other)), None)
-                if chosen is not None:
-                    self.pair(call, chosen)
+        for call in mine:
+            fitting = (other for other in theirs if self.fits(call, other))
+            chosen = next((other for other in fitting if not equal or self._same(call, other)), None)
+            if chosen is not None:
+                self.pair(call, chosen)
 
     def _same(self, call: int, other_call: int) -> bool:
         return self.first_plain[self.first.calls[call].layer] == self.other_plain[self.other.calls[other_call].layer]
@@ -151,7 +151,7 @@ class _Matcher:
             places.append([moved[ref.call] if moved is not None else ref.call, ref.output])
         return canonical([graph.layers[call.layer].class_name, places])
 
-    def backward(self) -> None:
+    def backward(self, equal: bool) -> None:
         waiting = list(_pairs(self.first.outputs, self.other.outputs))
         seen: set[tuple[int, int]] = set()
         while waiting:
@@ -160,7 +160,7 @@ class _Matcher:
                 continue
             seen.add((mine.call, theirs.call))
             if self.calls.get(mine.call) != theirs.call:
-                if not self.fits(mine.call, theirs.call):
+                if not self.fits(mine.call, theirs.call) or (equal and not self._same(mine.call, theirs.call)):
                     continue
                 self.pair(mine.call, theirs.call)
             before = refs(self.first.calls[mine.call].arguments)

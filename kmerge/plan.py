@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from kmerge.dialects.vocabulary import RANDOM, is_quantized
 from kmerge.errors import FormatError, LayoutError, PlanError
-from kmerge.graph import Graph, ancestors, flatten, refs
+from kmerge.graph import Graph, Layer, ancestors, flatten, parents, refs
 from kmerge.matching import Difference, Match, identity, layer_difference, match
 from kmerge.methods import get_method, normalise_weights, picked
 from kmerge.shapes import Shape, infer_shapes
@@ -548,17 +548,12 @@ def _difference_message(layout: Layout, number: int, source: Source, different: 
     layer = source_graph(layout.first).layers[number]
     where = f"layer {number + 1} '{layer.name}' ({layer.class_name})"
     if different.kind == "place":
-        rest = source_graph(source).layers
-        found = layout.matches[layout.sources.index(source)]
-        free = next((item for index, item in enumerate(rest) if index not in found.layers.values()), None)
-        instead = (
-            f"'{source.label}' has '{free.name}' ({free.class_name}) there" if free else f"'{source.label}' ends there"
-        )
+        there = _layer_there(layout, number, source)
+        instead = f"has '{there.name}' ({there.class_name}) there" if there else "ends there"
         return (
-            f"{where} of '{layout.first.label}' has no counterpart in '{source.label}': {instead}.\n"
-            "Shared layers need the same network up to them: end the trunk earlier with --trunk LAYER, keep "
-            "it per source "
-            f"with --private {layer.name}, or leave '{source.label}' out."
+            f"{where} of '{layout.first.label}' has no counterpart in '{source.label}', which {instead}.\n"
+            "Shared layers need the same network up to them: end the trunk earlier with --trunk LAYER, keep it per "
+            f"source with --private {layer.name}, or leave '{source.label}' out."
         )
     needs = {
         "shape": "equal shapes",
@@ -570,6 +565,17 @@ def _difference_message(layout: Layout, number: int, source: Source, different: 
         f"{where}: {different.sentence(layout.first.label, source.label)}.\n"
         f"Shared layers need {needs}: keep it per source with --private {layer.name}, or leave '{source.label}' out."
     )
+
+
+def _layer_there(layout: Layout, number: int, source: Source) -> Layer | None:
+    """What a source has where the first has a layer: behind the same tensors, else the first without counterpart."""
+    first, other = source_graph(layout.first), source_graph(source)
+    found = layout.matches[layout.sources.index(source)]
+    before = {found.calls.get(parent) for call in first.calls_of(number) for parent in parents(first, call)}
+    behind = (call.layer for index, call in enumerate(other.calls) if before & set(parents(other, index)))
+    free = (index for index in range(len(other.layers)) if index not in found.layers.values())
+    there = next(behind, next(free, None))
+    return None if there is None else other.layers[there]
 
 
 def _check_inputs(layout: Layout, rules: Rules) -> None:

@@ -1112,7 +1112,7 @@ ROWS |= {
     "longer trunk": (
         nets(deep(2), deep(3), trunk="all"),
         LayoutError,
-        ("layer 4 'dense_2' (Dense)", "kernel is (4, 2) in 'a' but (4, 4) in 'b'"),
+        ("'dense_2' (Dense) of 'b' has no counterpart in 'a'", "--trunk LAYER", "leave 'b' out"),
     ),
     "more than everything": (
         nets(chain, lambda net: net.add("Softmax", chain(net)), trunk="all"),
@@ -1122,12 +1122,12 @@ ROWS |= {
     "less than everything": (
         nets(lambda net: net.add("Softmax", chain(net)), chain, trunk="all"),
         LayoutError,
-        ("layer 4 'softmax' (Softmax) of 'a' has no counterpart in 'b'", "'b' ends there", "leave 'b' out"),
+        ("layer 4 'softmax' (Softmax) of 'a' has no counterpart in 'b', which ends there", "leave 'b' out"),
     ),
     "shorter trunk": (
         nets(deep(3), deep(2)),
         LayoutError,
-        ("layer 4 'dense_2' (Dense)", "kernel is (4, 4) in 'a' but (4, 2) in 'b'"),
+        ("'dense_2' (Dense) of 'a' has no counterpart in 'b', which has 'dense_2' (Dense) there", "leave 'b' out"),
     ),
     "input shape": (
         nets(shaped(4), shaped(7)),

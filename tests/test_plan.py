@@ -28,15 +28,15 @@ class Bench:
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder, self.stack = folder, stack
 
-    def save(self, *recipes: Recipe) -> list[Path]:
+    def save(self, *recipes: Recipe, suffix: str = ".h5") -> list[Path]:
         paths = []
         for seed, (label, recipe) in enumerate(zip("abc", recipes, strict=False)):
             net = Net(seed)
-            paths.append(net.save(self.folder / f"{label}.h5", recipe(net)))
+            paths.append(net.save(self.folder / f"{label}{suffix}", recipe(net)))
         return paths
 
-    def plan(self, *recipes: Recipe, **rules: Any) -> Plan:
-        sources = [self.stack.enter_context(open_source(path)) for path in self.save(*recipes)]
+    def plan(self, *recipes: Recipe, suffix: str = ".h5", **rules: Any) -> Plan:
+        sources = [self.stack.enter_context(open_source(path)) for path in self.save(*recipes, suffix=suffix)]
         return make_plan(sources, Rules(**{"method": "mean", **rules}))
 
     def roles(self, *recipes: Recipe, **rules: Any) -> dict[str, str]:
@@ -129,7 +129,7 @@ def test_operations_are_followed(bench: Bench) -> None:
         x = net.batch_normalization(net.operation("Add", x, y), name="last_normalization")
         return net.operation("Softmax", net.dense(net.operation("GetItem", x), 3, name="head"))
 
-    assert bench.private(recipe) == {"head", "softmax"}
+    assert bench.private(recipe, suffix=".keras") == {"head", "softmax"}
 
 
 def test_a_normalisation_at_the_end_is_the_head(bench: Bench) -> None:
@@ -209,7 +209,7 @@ def test_stateless_layers_behind_private_ones_are_private(bench: Bench) -> None:
     def recipe(net: Net) -> Any:
         return net.dense(net.add("ReLU", net.dense(net.input(4), 4)), 2)
 
-    assert bench.private(recipe, roles=[("dense", "private")]) == {"dense", "re_lu"}
+    assert bench.private(recipe, trunk="all", roles=[("dense", "private")]) == {"dense", "re_lu"}
 
 
 def test_a_stateless_layer_in_the_trunk_that_differs_raises(bench: Bench) -> None:
