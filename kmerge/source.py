@@ -466,7 +466,7 @@ class _Batches:
         tensor = self.tree.tensors[key]
         name = weight_name(class_name, config, local)
         kind = weight_kind(class_name, config, local, tensor.dtype)
-        if kind is WeightKind.WEIGHT and self._is_batch_normalization(key):
+        if name == local and self._is_batch_normalization(key):
             count = self.counts[key.rpartition("/")[0]]
             guessed = {"scale": count >= 3, "center": count >= 4}
             place = "vars/" + key.rpartition("/")[2]

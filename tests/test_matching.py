@@ -24,6 +24,8 @@ from kmerge.matching import Difference, Match, identity, layer_difference, match
 from kmerge.source import Source, State, open_source
 from kmerge.store import Asset
 
+MODEL = "keras.src.models.functional"
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -166,7 +168,7 @@ class Net:
             "input_layers": histories(inputs),
             "output_layers": histories(outputs),
         }
-        return {"module": "keras", "class_name": "Functional", "config": config, "registered_name": "Functional"}
+        return {"module": MODEL, "class_name": "Functional", "config": config, "registered_name": "Functional"}
 
     def write_weights(self, group: Any) -> None:
         """The old layout, as under `model_weights` or in a file with weights only."""
@@ -214,7 +216,8 @@ class Net:
             snake = "input" if class_name == "InputLayer" else to_snake_case(class_name)
             number = self._counts[snake] = self._counts.get(snake, self._count - 1) + 1
             name = self._rename(f"{snake}_{number}" if number else snake)
-        entry = {"module": "keras.layers", "class_name": class_name, "config": {"name": name, **config}}
+        module = MODEL if class_name == "Functional" else "keras.layers"
+        entry = {"module": module, "class_name": class_name, "config": {"name": name, **config}}
         self.layers[name] = {**entry, "registered_name": None, "name": name, "inbound_nodes": []}
         return name
 
