@@ -19,23 +19,14 @@ from kmerge.assembly import Assembly, assemble, assemble_flat
 from kmerge.dialects.reading import Dialect
 from kmerge.engine import merge_tensors
 from kmerge.errors import KmergeError, MergeError, OutputError, PlanError, UnrelatedError
-from kmerge.plan import (
-    Layout,
-    Plan,
-    Role,
-    Rules,
-    SourceFacts,
-    check_plan,
-    lay_out,
-    make_plan,
-    read_plan,
-    source_facts,
-    unique_labels,
-)
+from kmerge.layout import Layout, lay_out
+from kmerge.plan import Plan, Role, SourceFacts, read_plan
+from kmerge.planning import check_plan, make_plan, source_facts
 from kmerge.progress import Progress, silent
 from kmerge.report.comparison import Comparison, compare_sources
 from kmerge.report.facts import Report, flat_sizes, layer_sizes, merge_sizes
 from kmerge.report.inspection import Inspection, inspect_source, stored_merge
+from kmerge.rules import Rules, unique_labels
 from kmerge.similarity import Ancestry, ancestry, flat_cosines, layer_cosines
 from kmerge.source import Source, open_source, stem
 from kmerge.store import Kind, create_archive, create_hdf5, identify
@@ -45,15 +36,6 @@ from kmerge.version import __version__
 SourceLike = Any
 """A path, or a live `keras.Model`."""
 Sources = Sequence[SourceLike] | Mapping[str, SourceLike]
-
-
-@dataclass(frozen=True)
-class _Request:
-    """The arguments of a merge, together."""
-
-    rules: Rules
-    base: Any = None
-    plan: Any = None
 
 
 def combine(
@@ -189,7 +171,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         return inspect_source(source)
 
 
-def compare(sources: Sources, *, labels: Sequence[str] | None = None, progress: Progress = silent) -> Comparison:
+def compare(sources: Sources, *, labels: Sequence[str] | None = None) -> Comparison:
     """Whether models are one network, share an ancestor, how similar each layer is, and where a trunk can end.
 
     Args:
@@ -223,11 +205,26 @@ def _rules(
     for name, value in (("share", share), ("private", private), ("labels", labels)):
         if isinstance(value, str):
             raise PlanError(f"{name} is one text, '{value}': give a list.")
+        if value is not None and not isinstance(value, Iterable):
+            raise PlanError(f"{name} is {value!r}: give a list of texts.")
+    for name, value in (("trunk", trunk), ("inputs", inputs), ("outputs", outputs), ("method", method)):
+        if not isinstance(value, str):
+            raise PlanError(f"--{name} is {value!r}: expected a text.")
+    if option is not None and not isinstance(option, Mapping):
+        raise PlanError(f"option is {option!r}: expected a dictionary of option and value.")
+    pairs: list[tuple[str, Any]]
     if roles is None:
-        roles = [*((pattern, "shared") for pattern in share), *((pattern, "private") for pattern in private)]
+        pairs = [
+            *((pattern, "shared") for pattern in share or ()),
+            *((pattern, "private") for pattern in private or ()),
+        ]
     elif share or private:
         raise PlanError("roles is given together with share or private: give one of them.")
-    return Rules(labels, trunk, tuple(roles), inputs, outputs, method, dict(option or {}), weights, freeze)
+    elif isinstance(roles, Iterable) and all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in roles):
+        pairs = [(pattern, role) for pattern, role in roles]
+    else:
+        raise PlanError(f"roles is {roles!r}: expected a list of pairs of pattern and role.")
+    return Rules(labels, trunk, tuple(pairs), inputs, outputs, method, dict(option or {}), weights, freeze)
 
 
 # ------------------------------------------------------------------------------------------------------ opening
@@ -344,6 +341,8 @@ def _family(target: Path) -> bool | None:
 
 
 def _target(output: str | os.PathLike[str] | None, values: Mapping[str, SourceLike]) -> Path:
+    if output is not None and not isinstance(output, (str, os.PathLike)):
+        raise OutputError(f"The output is {output!r}: expected a path.")
     if output is not None:
         return Path(output)
     first = next(iter(values.values()), None)

@@ -86,6 +86,7 @@ class Graph:
         return self.layers[self.calls[ref.call].layer]
 
     def layer_named(self, name: str) -> int:
+        """Number of the layer of that name; KeyError if there is none."""
         for index, layer in enumerate(self.layers):
             if layer.name == name:
                 return index
@@ -223,13 +224,4 @@ def ancestors(graph: Graph, calls: Iterable[int]) -> set[int]:
         if call not in seen:
             seen.add(call)
             waiting.extend(parents(graph, call))
-    return seen
-
-
-def descendants(graph: Graph, calls: Iterable[int]) -> set[int]:
-    """The calls that depend on some of the given calls, themselves included."""
-    seen = set(calls)
-    for index in range(len(graph.calls)):
-        if index not in seen and any(parent in seen for parent in parents(graph, index)):
-            seen.add(index)
     return seen

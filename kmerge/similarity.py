@@ -10,8 +10,8 @@ from itertools import combinations
 import numpy as np
 
 from kmerge.dialects.vocabulary import WeightKind
+from kmerge.layout import Layout
 from kmerge.methods.registry import Array
-from kmerge.plan import Layout, source_graph
 from kmerge.source import Source, Weight
 from kmerge.store import numpy_dtype
 
@@ -126,8 +126,3 @@ def ancestry(cosines: Sequence[LayerCosine]) -> Ancestry:
         return Ancestry(None, math.nan)
     value = sum(item.lowest * item.entries for item in kernels) / entries
     return Ancestry(value >= RELATED, value)
-
-
-def compared_layers(layout: Layout) -> list[int]:
-    """Layers of the first source that hold weights."""
-    return [number for number in range(len(source_graph(layout.first).layers)) if layout.first.states[number].weights]

@@ -15,7 +15,8 @@ from kmerge.dialects.reading import Dialect
 from kmerge.dialects.writing import knows_dictionaries
 from kmerge.errors import PlanError
 from kmerge.graph import Call, Graph, Layer, Ref, Structure, canonical, flatten, refs, sort_calls, substitute
-from kmerge.plan import Layout, Plan, Role, is_plain, source_graph
+from kmerge.layout import Layout, is_plain, source_graph
+from kmerge.plan import Plan, Role
 from kmerge.shapes import infer_shapes
 
 
@@ -289,7 +290,7 @@ def _rename(layer: Layer, name: str, origin: MergedLayer, objects: dict[Any, int
     def renumber(value: Any) -> Any:
         if isinstance(value, dict):
             return {
-                key: objects.setdefault((source, item), len(objects) + 1)
+                key: objects.setdefault((source, str(item)), len(objects) + 1)
                 if key == "shared_object_id"
                 else renumber(item)
                 for key, item in value.items()

@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from kmerge.cli import main
-from kmerge.plan import INPUTS, OUTPUTS
+from kmerge.rules import INPUTS, OUTPUTS
 from kmerge.version import __version__
 
 A, B, C = "finetuned_a.h5", "finetuned_b.h5", "finetuned_c.h5"

@@ -18,7 +18,9 @@ from test_matching import Net, Recipe, chain, siamese, two_towers
 
 import kmerge
 from kmerge.errors import LayoutError, PlanError
-from kmerge.plan import LayerPlan, Plan, Rules, SourceFacts, make_plan, read_plan, unique_labels
+from kmerge.plan import LayerPlan, Plan, SourceFacts, read_plan
+from kmerge.planning import make_plan
+from kmerge.rules import Rules, unique_labels
 from kmerge.source import open_source
 
 

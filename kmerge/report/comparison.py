@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kmerge.graph import ancestors
-from kmerge.plan import Layout, head_layers, source_graph
+from kmerge.layout import Layout, head_layers, source_graph
 from kmerge.similarity import Ancestry, ancestry, layer_cosines, sample
 
 MEANING = {

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kmerge.graph import Graph
-from kmerge.plan import Plan, source_graph
+from kmerge.layout import source_graph
+from kmerge.plan import Plan
 from kmerge.shapes import infer_shapes, multiply_adds
 from kmerge.similarity import Ancestry
 from kmerge.source import Source, State, is_parameter
