@@ -61,8 +61,13 @@ def sample(weight: Weight, entries: int = SAMPLE) -> Array:
 def cosine(first: Array, second: Array) -> float:
     """Cosine of the angle between two arrays; NaN where one is zero or not finite."""
     with np.errstate(all="ignore"):
-        lengths = math.sqrt(float(first @ first)) * math.sqrt(float(second @ second))
-        return float(first @ second) / lengths if lengths > 0 and math.isfinite(lengths) else math.nan
+        lengths = math.sqrt(_dot(first, first)) * math.sqrt(_dot(second, second))
+        return _dot(first, second) / lengths if lengths > 0 and math.isfinite(lengths) else math.nan
+
+
+def _dot(first: Array, second: Array) -> float:
+    """Scalar product without BLAS, whose threads would wait in a loop for a core that others need."""
+    return float(np.einsum("i,i->", first, second))
 
 
 def layer_cosines(layout: Layout, layers: Sequence[int], entries: int = SAMPLE) -> list[LayerCosine]:
