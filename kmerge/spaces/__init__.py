@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from kmerge.dialects.vocabulary import is_quantized
 from kmerge.graph import Call, Graph, Layer, Ref, flatten, refs
 from kmerge.layout import Layout, source_graph
 from kmerge.shapes import Shape, infer_shapes
@@ -34,6 +35,8 @@ from kmerge.spaces.units import Axes, Order, is_units
 __all__ = ["AxisUse", "Space", "derive_spaces", "describe", "layout_spaces", "order_of"]
 
 Shapes = Mapping[Ref, Shape | None]
+_FIRST = ("inputs", "sequences", "sequence", "query", "x", "x1")
+"""Names of the first argument of Keras's layers and operations."""
 
 
 def derive_spaces(source: Source, shapes: Shapes | None = None) -> tuple[Space, ...]:
@@ -130,7 +133,9 @@ class _Walk:
         outputs = sorted(ref.output for ref in self.shapes if ref.call == index)
         shapes = tuple(self.shapes.get(Ref(index, number)) for number in range((outputs or [0])[-1] + 1))
         inputs = inputs_of(call.arguments, self.shapes)
-        first = refs(list(inputs.positional)) or refs(next(iter(inputs.keywords.values()), []))
+        first = refs(list(inputs.positional)) or next(
+            (refs(inputs.keywords[name]) for name in _FIRST if name in inputs.keywords), []
+        )
         given = self._axes(first)
         title = f"'{layer.name}'" if layer.is_input else f"'{layer.name}' ({layer.class_name})"
         scope = Scope(
@@ -168,6 +173,12 @@ class _Walk:
             return scope.unknown("the shape of its input is not known")
         if not given and not layer.is_input:
             return scope.unknown("kmerge does not know what it is called with")
+        if is_quantized(layer.config):
+            return scope.unknown("its weights are quantised")
+        for name, value in scope.inputs.keywords.items():
+            if name.endswith("mask"):
+                for axes in scope.axes(value):
+                    scope.hold(axes or (), "takes it as a mask")
         made = rule(scope)
         if made is None or scope.problem:
             return None

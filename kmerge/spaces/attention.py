@@ -68,8 +68,8 @@ def _heads(scope: Scope) -> Sequence[Axes] | None:
             return None
     made = tuple(scope.makes(kernel["output"], number) for number in range(2, len(kernel["output"].shape)))
     for bias in (slots["output"] or ())[1:]:
-        for number, axis in enumerate(made):
-            scope.follows(bias, number, axis)
+        for number, units in enumerate(made):
+            scope.follows(bias, number, units)
     _masks(scope, heads)
     result = (*sources["query"][:-1], *made)
     if scope.inputs.keywords.get("return_attention_scores") is not True:
@@ -101,11 +101,8 @@ def _projection(scope: Scope, *names: str) -> list[Slot] | None:
 def _masks(scope: Scope, heads: Labels) -> None:
     """A mask with an axis of heads keeps them in place."""
     for name in ("attention_mask", "query_mask", "value_mask", "key_mask"):
-        for axes in scope.axes(scope.inputs.keywords.get(name)):
-            if axes is None or len(axes) > 3:
-                scope.hold((heads,), "takes a mask for each head")
-            else:
-                scope.hold(axes, "takes it as a mask")
+        if any(axes is None or len(axes) > 3 for axes in scope.axes(scope.inputs.keywords.get(name))):
+            scope.hold((heads,), "takes a mask for each head")
 
 
 def attention(scope: Scope) -> Sequence[Axes] | None:

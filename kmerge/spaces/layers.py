@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from kmerge.dialects.vocabulary import is_quantized
 from kmerge.shapes.layers import canonical_class, einsum, inner_layer
 from kmerge.shapes.recurrent import GATES
 from kmerge.shapes.values import Shape, integer, items, names
@@ -82,8 +83,8 @@ def _input(scope: Scope) -> Result:
 
 def _rescaling(scope: Scope) -> Result:
     axes = scope.tensors[0]
-    if any(items(scope.config.get(key)) is not None for key in ("scale", "offset")):
-        scope.hold(axes[-1:], "scales each channel by a number of its own")
+    if not all(isinstance(scope.config.get(key, 0), (int, float)) for key in ("scale", "offset")):
+        scope.hold(axes, "scales each channel by a number of its own")
     return [axes]
 
 
@@ -92,7 +93,7 @@ def _held(scope: Scope) -> Result:
     for axes in scope.tensors:
         scope.hold(axes, "works on inputs, by position")
     shape = scope.shapes[0]
-    return None if shape is None else [tuple(scope.positions(size) for size in shape)]
+    return None if shape is None else [tuple(Order(size, f"made by {scope.title}") for size in shape)]
 
 
 # ---- Dense and its like
@@ -141,7 +142,8 @@ def _einsum_dense(scope: Scope) -> Result:
 
 
 def _embedding(scope: Scope) -> Result:
-    found = scope.weights("embeddings", "reverse_embeddings?")
+    more = ("reverse_embeddings?",) if scope.class_name == "ReversibleEmbedding" else ()
+    found = scope.weights("embeddings", *more)
     axes = scope.tensors[0]
     if found is None:
         return None
@@ -370,7 +372,8 @@ def regroup(scope: Scope, axes: Axes, shape: Shape | None) -> Result:
     """
     if shape is None:
         return scope.unknown("its output has no known shape")
-    result: list[Axis] = [axes[0], *(scope.positions(size) for size in shape[1:])]
+    reason = axes[-1].reason if not is_units(axes[-1]) else scope.positions().reason
+    result: list[Axis] = [axes[0], *(Order(size, reason) for size in shape[1:])]
     units = [number for number in range(1, len(axes)) if is_units(axes[number]) and len(axes[number]) > 1]
     if len(units) > 1:
         scope.hold((axes[number] for number in units), "joins several axes of units into one")
@@ -560,7 +563,7 @@ def _bidirectional(scope: Scope) -> Result:
 def _wrapped(scope: Scope, tensors: Sequence[Axes], slots: Sequence[Slot]) -> Result:
     inner = inner_layer(scope.config)
     rule = layer_rule(inner[0]) if inner is not None else None
-    if inner is None or rule is None:
+    if inner is None or rule is None or is_quantized(inner[1]):
         return scope.unknown("kmerge does not know what it wraps")
     return rule(scope.inner(*inner, slots, tensors))
 

@@ -56,7 +56,10 @@ def _operand(scope: Scope, value: Any) -> Axes | None:
 
 def _elementwise(scope: Scope) -> Result:
     """Any number of tensors and constants, broadcast."""
-    values = [*scope.inputs.positional, *(scope.inputs.keywords.get(key) for key in ("x", "x1", "x2", "y"))]
+    values = [
+        *scope.inputs.positional,
+        *(scope.inputs.keywords.get(key) for key in ("condition", "x", "x1", "x2", "y")),
+    ]
     found = [_operand(scope, value) for value in values if refs(value) or isinstance(value, (int, float, list, dict))]
     known = [axes for axes in found if axes is not None]
     if len(known) != len(found) or not known:
@@ -65,6 +68,10 @@ def _elementwise(scope: Scope) -> Result:
 
 
 def _unary(scope: Scope) -> Result:
+    """One tensor, and plain numbers beside it."""
+    more = [*scope.inputs.positional[1:], *scope.inputs.keywords.values(), *scope.config.values()]
+    if len(scope.tensors) != 1 or any(isinstance(value, (list, Mapping)) for value in more):
+        return scope.unknown("kmerge does not know what it is called with")
     return [scope.tensors[0]]
 
 
@@ -164,6 +171,8 @@ def _split(scope: Scope) -> Result:
 def _get_item(scope: Scope) -> Result:
     """Slices; one unit taken out by its number has to stay."""
     axes, keys = scope.tensors[0], scope.inputs.argument("key", 1)
+    if keys is None:
+        return scope.unknown("its slice is not understood")
     keys = items(keys) if items(keys) is not None else [keys]
     result: list[Axis] = []
     place = 0
