@@ -159,15 +159,16 @@ def _embedding(scope: Scope) -> Result:
 # ---- convolutions
 
 
-def _places(scope: Scope, rank: int) -> tuple[int, range] | None:
-    """The channel axis and the spatial axes, along which nothing may move."""
+def _places(scope: Scope, rank: int, ordered: bool = True) -> tuple[int, range] | None:
+    """The channel axis and the spatial axes, along which nothing may move if the layer goes by their order."""
     axes, first = scope.tensors[0], scope.config.get("data_format") == "channels_first"
     if len(axes) < rank + 2 or (first and len(axes) > rank + 2):
         scope.unknown("its input has an unexpected number of axes")
         return None
     end = len(axes)
     channel, spatial = (1, range(2, end)) if first else (end - 1, range(end - 1 - rank, end - 1))
-    scope.hold((axes[number] for number in spatial), "slides over positions")
+    if ordered:
+        scope.hold((axes[number] for number in spatial), "slides over positions")
     return channel, spatial
 
 
@@ -187,11 +188,10 @@ def _conv(rank: int, scope: Scope) -> Result:
         return None
     source, kernel = scope.tensors[0][places[0]], found[0]
     groups = integer(scope.config.get("groups", 1)) or 1
+    if groups == 1 and not scope.reads(kernel, rank, source):
+        return None
     made = scope.makes(kernel, rank + 1)
-    if groups == 1:
-        if not scope.reads(kernel, rank, source):
-            return None
-    elif not _groups(scope, kernel, rank, groups, source, made):
+    if groups > 1 and not _groups(scope, kernel, rank, groups, source, made):
         return None
     for bias in found[1:]:
         scope.follows(bias, 0, made)
@@ -276,9 +276,11 @@ def _window(rank: int, scope: Scope) -> Result:
 
 
 def _global_pooling(rank: int, scope: Scope) -> Result:
-    axes, places = scope.tensors[0], _places(scope, rank)
+    axes, places = scope.tensors[0], _places(scope, rank, ordered=False)
     if places is None:
         return None
+    for number in places[1]:
+        scope.note(axes[number])
     channel = axes[places[0]]
     return [_spatial(scope, *places, channel)] if scope.config.get("keepdims") else [(axes[0], channel)]
 
