@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from kmerge.dialects.vocabulary import is_quantized
-from kmerge.shapes.layers import canonical_class, einsum, inner_layer
+from kmerge.dialects.vocabulary import is_quantized, stored_class
+from kmerge.shapes.layers import canonical_class, chain, einsum, inner_layer
 from kmerge.shapes.recurrent import GATES
 from kmerge.shapes.values import Shape, integer, items, names
 from kmerge.spaces.attention import attention, grouped_query_attention, multi_head_attention
@@ -570,11 +571,34 @@ def _wrapped(scope: Scope, tensors: Sequence[Axes], slots: Sequence[Slot]) -> Re
     return rule(scope.inner(*inner, slots, tensors))
 
 
+def _sequential(scope: Scope) -> Result:
+    """A chain of layers within a wrapper; elsewhere a graph holds none."""
+    tensors: Sequence[Axes] = scope.tensors
+    numbers: dict[str, int] = {}
+    for class_name, config in chain(scope.config) or [("", {})]:
+        rule = layer_rule(class_name)
+        if rule is None or is_quantized(config):
+            return scope.unknown("kmerge does not know what it wraps")
+        stored = stored_class(class_name)
+        number = numbers[stored] = numbers.get(stored, -1) + 1
+        place = f"{stored}_{number}" if number else stored
+        name = config.get("name")
+        slots = tuple(slot for slot in scope.slots if _lies_in(slot.key, place, name))
+        made = rule(replace(scope.inner(class_name, config, slots, tensors), title=f"'{name}' in {scope.title}"))
+        if made is None or len(made) != 1:
+            return None
+        tensors = made
+    return tensors
+
+
+def _lies_in(key: str, place: str, name: Any) -> bool:
+    """Whether a weight is that of a layer in a chain: Keras 3 numbers the layers of a class, old files name them."""
+    parts = key.split("/")[:-1]
+    return place == parts[parts.index("layers") + 1] if "layers" in parts[:-1] else name in parts
+
+
 def _time_distributed(scope: Scope) -> Result:
     axes = scope.tensors[0]
-    found = inner_layer(scope.config)
-    if found is not None and found[0] in ("Flatten", "Reshape"):
-        return scope.unknown("kmerge does not know what it wraps")
     scope.hold(axes[1:2], "runs over steps")
     made = _wrapped(scope, [(axes[0], *axes[2:])], scope.slots)
     return None if made is None else [(result[0], axes[1], *result[1:]) for result in made]
@@ -641,6 +665,7 @@ _RULES: dict[str, Rule] = {
     "Dot": _dot,
     "Bidirectional": _bidirectional,
     "TimeDistributed": _time_distributed,
+    "Sequential": _sequential,
     "SpectralNormalization": _spectral_normalization,
 }
 for _rank in (1, 2, 3):

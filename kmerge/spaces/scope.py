@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from kmerge.shapes import Shape
 from kmerge.shapes.calls import Inputs
+from kmerge.shapes.layers import layer_outputs
 from kmerge.spaces.units import Axes, Axis, Equations, Labels, Order, is_units, length
 
 Role = Literal["output", "input"]
@@ -185,8 +186,10 @@ class Scope:
         self, class_name: str, config: Mapping[str, Any], slots: Sequence[Slot], tensors: Sequence[Axes]
     ) -> Scope:
         """The call of a layer that this one wraps."""
+        given = tuple(length(axis) for axis in tensors[0])
+        shapes = tuple(layer_outputs(class_name, config, Inputs.of(given)))
         return replace(
-            self, class_name=class_name, config=config, slots=tuple(slots), tensors=tuple(tensors), shapes=()
+            self, class_name=class_name, config=config, slots=tuple(slots), tensors=tuple(tensors), shapes=shapes
         )
 
 
