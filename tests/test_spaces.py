@@ -143,6 +143,13 @@ def _several_grus(b: Any, x: Any) -> Any:
     return b.head(b.Concatenate()([b.GRU(4)(z, initial_state=state), b.GlobalMaxPooling1D()(z)]))
 
 
+def _steps_of_images(b: Any, x: Any) -> Any:
+    """A network for each step, as recurrent networks over images have it."""
+    inner = b.keras.Sequential([b.keras.Input((4, 4, 1)), b.Conv2D(5, 3), b.PReLU(), b.Flatten(), b.Dense(6)])
+    y = b.SpectralNormalization(b.Dense(7))(b.TimeDistributed(inner)(x))
+    return b.head(b.LSTM(3)(b.TimeDistributed(b.BatchNormalization())(y)))
+
+
 def _heads_of_two_kinds(b: Any, x: Any) -> Any:
     y = b.Dense(6)(x)
     y = b.LayerNormalization()(b.Add()([y, b.MultiHeadAttention(3, 2, value_dim=4)(y, b.Dense(5)(x), b.Dense(7)(x))]))
@@ -157,6 +164,7 @@ def _heads_of_two_kinds(b: Any, x: Any) -> Any:
         (_mixer, zoo.F(3, 2), [4, 5, 6]),
         (_einsums, zoo.F(3, 2), [3, 4, 5]),
         (_several_grus, zoo.F(4, 3), [3, 4]),
+        (_steps_of_images, zoo.F(3, 4, 4, 1), [3, 5, 6, 7]),
         (_heads_of_two_kinds, zoo.F(4, 3), [2, 2, 2, 2, 2, 2, 2, 2, 3, 4, 4, 4, 5, 6, 6, 7]),
     ],
     ids=lambda value: value.__name__.strip("_") if callable(value) else "",
@@ -395,6 +403,24 @@ def test_constants_and_single_units_are_fixed() -> None:
         "by its number"
         in reasons(lambda b, x: b.head(b.Dense(5)(x)[:, 2:3] + b.Dense(7)(x)[:, 2][:, None]), zoo.F(6))[7]
     )
+
+
+def test_a_layer_that_also_reads_an_input_fixes_its_units() -> None:
+    def recipe(b: Any, x: Any) -> Any:
+        shared = b.LayerNormalization()
+        return b.Dense(2)(b.Concatenate()([shared(x), shared(b.Dense(6)(b.Dense(5)(x)))]))
+
+    model = built(recipe, zoo.F(6))
+    with saved(model) as source:
+        assert [space.size for space in derive_spaces(source) if not space.fixed] == [5]
+
+
+def test_code_is_not_guessed() -> None:
+    def recipe(b: Any, x: Any) -> Any:
+        return b.Dense(2)(b.Lambda(lambda y: y[..., ::-1], output_shape=(5,), name="turn")(b.Dense(5)(x)))
+
+    found = [reason for _, reason in spaces_of(built(recipe, zoo.F(6)))[0]]
+    assert found[1:3] == [f"{how} by 'turn' (Lambda): kmerge does not know this layer" for how in ("read", "made")]
 
 
 def test_an_activation_that_is_not_known() -> None:

@@ -34,8 +34,6 @@ def _heads(scope: Scope) -> Sequence[Axes] | None:
     sources: dict[str, Axes] = {"query": query[0], "key": key[0], "value": value[0], "gate": query[0]}  # type: ignore[dict-item]
     for axes in sources.values():
         scope.hold(axes[1:-1], "attends to positions")
-    if (scope.config.get("attention_axes") or [1]) != [1] and len(sources["query"]) > 4:
-        return scope.unknown("it attends along several axes")
     kernel = {role: found[0] for role, found in slots.items() if found}
     heads = scope.makes(kernel["key"], 1)
     times = kernel["query"].shape[1] // len(heads)

@@ -231,11 +231,10 @@ def _conv_transpose(rank: int, scope: Scope) -> Result:
 def _per_channel(scope: Scope, rank: int, kernel: Slot, source: Axis) -> Axis:
     """Channels after a depthwise kernel: each makes several, which stay in their order."""
     times = kernel.shape[rank + 1]
-    if not is_units(source):
-        size = None if source.size is None else source.size * times
-        return Order(size, source.reason)
     if not scope.follows(kernel, rank, source):
         return scope.positions()
+    if not is_units(source):
+        return Order(kernel.shape[rank] * times, source.reason)
     return source if times == 1 else scope.part(np.repeat(source, times))
 
 

@@ -128,8 +128,6 @@ class Scope:
 
     def follows(self, slot: Slot, axis: int, source: Axis, part: Part = ()) -> bool:
         """A weight holds a number per unit, such as a bias, and moves with it."""
-        if not is_units(source):
-            return True
         return self._joins(self._labels(slot, axis, part, slot.shape[axis], "output"), source)
 
     def _joins(self, labels: Labels, source: Axis) -> bool:
