@@ -128,6 +128,19 @@ def test_unrelated_sources_come_nearer(family: str, fixtures_dir: Path) -> None:
         assert _spread(again, shared) == after
 
 
+def test_one_source_may_carry_all_the_weight(fixtures_dir: Path) -> None:
+    with (
+        open_source(fixtures_dir / "mlp_a.h5", "a") as one,
+        open_source(fixtures_dir / "mlp_b.h5", "b") as two,
+        open_source(fixtures_dir / "mlp_c.h5", "c") as three,
+    ):
+        layout = lay_out([one, two, three])
+        found = align_by_weights(layout, layout_spaces(layout, [1, 2]), [1, 2], [0, 1, 0], 3)
+        for row in found.permutations:
+            for order in row:
+                np.testing.assert_array_equal(np.sort(order), np.arange(len(order)))
+
+
 def _spread(sources: list[Source], shared: list[int]) -> float:
     """Sum of squared distances of the shared weights to their means; statistics do not count."""
     layout = lay_out(sources)

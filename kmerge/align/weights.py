@@ -69,6 +69,8 @@ def align_by_weights(
         changed = False
         for number in 1 + matcher.rng.permutation(count - 1):
             others = [other for other in range(count) if other != number and share[other] > 0]
+            if not others:
+                continue
             target = matcher.mean(
                 [arrays[other] for other in others], [found[other] for other in others], share[others]
             )
