@@ -21,6 +21,7 @@ from kmerge.store import (
     Tree,
     Weights,
     identify,
+    is_number,
     numpy_dtype,
     open_archive,
     open_hdf5,
@@ -62,6 +63,7 @@ def test_every_type_comes_back(dtype: str, tmp_path: Path) -> None:
             assert tensor.shape == (2, 3, 4)
             assert (tensor.size, tensor.nbytes) == (24, wanted.nbytes)
             assert numpy_dtype(tensor.dtype) == wanted.dtype.newbyteorder("=")
+            assert is_number(tensor.dtype) is (wanted.dtype.kind != "V")
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "float8_e4m3fn", "float8_e5m2"])

@@ -1,6 +1,7 @@
 """Writing: whole or not at all, the bytes that Keras would write, and no trace of an attempt that failed."""
 
 import errno
+import json
 import os
 import resource
 import struct
@@ -25,6 +26,7 @@ from kmerge.store import (
     Layout,
     Output,
     TensorSpec,
+    copy_file,
     create_archive,
     create_hdf5,
     identify,
@@ -375,12 +377,127 @@ def test_overwriting(kind: str, tmp_path: Path) -> None:
         assert os.listdir(place) == ["out"]
 
 
-def test_a_folder_of_other_things_is_never_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("thesis.tex",), r"'thesis.tex', which is no part of a saved model"),
+        (("config.json", "package.json", "src"), "'package.json', which is no part"),
+        (("config.json", "metadata.json", "model.weights.h5", ".git"), "'.git', which is no part"),
+        (("config.json", "metadata.json", "assets"), "holds no saved model"),
+        (("model.weights.h5",), "holds no saved model"),
+    ],
+)
+def test_a_folder_of_other_things_is_never_replaced(names: tuple[str, ...], message: str, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.tex").write_text("precious")
-    with pytest.raises(OutputError, match="no saved model"), create("folder", tmp_path / "home", overwrite=True):
-        pass
-    assert (tmp_path / "home" / "thesis.tex").exists()
+    for name in names:
+        (tmp_path / "home" / name).write_text("precious")
+    with pytest.raises(OutputError, match=message), create("folder", tmp_path / "home", overwrite=True):
+        pytest.fail("nothing may be written")
+    assert sorted(os.listdir(tmp_path / "home")) == sorted(names)
+    assert os.listdir(tmp_path) == ["home"]
+
+
+def test_a_folder_that_changes_meanwhile_is_kept(tmp_path: Path) -> None:
+    hostile.model_folder(tmp_path / "out")
+    with pytest.raises(OutputError, match=r"thesis\.tex"), create("folder", tmp_path / "out", overwrite=True) as output:
+        fill_and_find(output, tmp_path / "out" / "thesis.tex")
+    assert (tmp_path / "out" / "thesis.tex").read_text() == "precious"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_sharded_model_in_a_folder_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "out" / "assets").mkdir(parents=True)
+    for name in ("config.json", "metadata.json", "model.weights.json", "model.weights_00000.h5", "tokenizer.json"):
+        (tmp_path / "out" / name).write_text("old")
+    with create("folder", tmp_path / "out", overwrite=True) as output:
+        fill(output)
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "metadata.json", "model.weights.h5"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_folders_change_places(at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one step where the system can; else the old one is moved away, and back where the new one cannot come."""
+    if not at_once:
+        monkeypatch.setattr(target_module, "_swap", lambda *_: False)
+    hostile.model_folder(tmp_path / "out")
+    renamed: list[str] = []
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda old, new: (renamed.append(str(old)), rename(old, new)))
+    with create("folder", tmp_path / "out", overwrite=True) as output:
+        fill(output)
+    assert (str(tmp_path / "out") in renamed) is not (at_once and sys.platform.startswith("linux"))
+    assert os.listdir(tmp_path) == ["out"]
+    assert (read_all(tmp_path / "out")["layers/dense/vars/1"] == VALUES["layers/dense/vars/1"]).all()
+
+
+def test_the_old_folder_comes_back_where_the_new_one_cannot_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(target_module, "_swap", lambda *_: False)
+    hostile.model_folder(tmp_path / "out")
+    rename = os.rename
+    coming = []
+
+    def fail(old: Path, new: Path) -> None:
+        if new == tmp_path / "out":
+            coming.append(old)
+            if len(coming) == 1:
+                raise OSError(errno.EIO, "broken")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OutputError, match="broken"), create("folder", tmp_path / "out", overwrite=True) as output:
+        fill(output)
+    assert json.loads((tmp_path / "out" / "metadata.json").read_text()) == {"keras_version": "3.15.1"}
+    assert os.listdir(tmp_path) == ["out"]
+
+
+# ---- copying
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 21, 100])
+def test_files_are_copied_in_pieces(size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target_module, "_CHUNK", 7)
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, data: write(fd, data[:3]))
+    content = RANDOM.integers(0, 256, size, np.uint8).tobytes()
+    (tmp_path / "a").write_bytes(content)
+    copy_file(tmp_path / "a", tmp_path / "b", False)
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes() == content
+    with pytest.raises(OutputError, match=r"exists already.*--force"):
+        copy_file(tmp_path / "a", tmp_path / "b", False)
+    (tmp_path / "b").write_text("old")
+    copy_file(tmp_path / "a", tmp_path / "b", True)
+    assert (tmp_path / "b").read_bytes() == content
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+
+
+def test_a_copy_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").write_bytes(bytes(100))
+    with pytest.raises(OutputError, match="missing cannot be read"):
+        copy_file(tmp_path / "missing", tmp_path / "b", False)
+    with pytest.raises(OutputError, match="does not exist"):
+        copy_file(tmp_path / "a", tmp_path / "nowhere" / "b", False)
+    with monkeypatch.context() as patch:
+        patch.setattr(target_module, "_CHUNK", 7)
+        write = os.write
+
+        def cut(fd: int, data: memoryview) -> int:
+            os.truncate(tmp_path / "a", 20)
+            return write(fd, data)
+
+        patch.setattr(os, "write", cut)
+        with pytest.raises(OutputError, match="holds 100 bytes but 20 were read"):
+            copy_file(tmp_path / "a", tmp_path / "b", False)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OutputError, match="disk is full"):
+        copy_file(tmp_path / "a", tmp_path / "b", False)
+    assert os.listdir(tmp_path) == ["a"]
 
 
 @every_kind

@@ -2,13 +2,14 @@
 
 from kmerge.store.archive import Archive, Asset, open_archive
 from kmerge.store.attributes import AttributeValue
-from kmerge.store.dtypes import numpy_dtype
+from kmerge.store.dtypes import is_number, numpy_dtype
 from kmerge.store.hdf5 import open_hdf5
 from kmerge.store.identify import Kind, identify
 from kmerge.store.layout import Layout, TensorSpec
 from kmerge.store.limits import read_json
 from kmerge.store.output import Output, create_archive, create_hdf5
 from kmerge.store.shards import open_shards
+from kmerge.store.target import copy_file
 from kmerge.store.tensors import Tensor
 from kmerge.store.weights import Tree, Weights
 
@@ -23,9 +24,11 @@ __all__ = [
     "TensorSpec",
     "Tree",
     "Weights",
+    "copy_file",
     "create_archive",
     "create_hdf5",
     "identify",
+    "is_number",
     "numpy_dtype",
     "open_archive",
     "open_hdf5",

@@ -61,6 +61,15 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     raise FormatError(f"{name!r} is no type of numbers that kmerge knows; these are {', '.join((*PLAIN, *EXTENDED))}.")
 
 
+def is_number(name: str) -> bool:
+    """Whether a logical type is one of numbers, which can be combined; opaque bytes ("void2") are none.
+
+    >>> is_number("bfloat16"), is_number("bool"), is_number("void2")
+    (True, True, False)
+    """
+    return name in PLAIN or name in EXTENDED
+
+
 def logical(tid: h5t.TypeID, where: str) -> tuple[str, bool, bool]:
     """Name the type of a stored tensor.
 

@@ -5,6 +5,7 @@ import os
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +24,12 @@ _NO_LINKS = {
     errno.EXDEV,
     errno.EINVAL,
 }
-_FOLDER_MARKS = ("config.json", "metadata.json", "model.weights.h5", "model.weights.json")
+_WEIGHTS = ("model.weights.h5", "model.weights.json")
+_BESIDE = {  # what Keras and KerasHub save in a folder beside the weights
+    *("config.json", "metadata.json", "assets", "task.json", "task.weights.h5", "preprocessor.json"),
+    *("tokenizer.json", "image_converter.json", "audio_converter.json"),
+}
+_CHUNK = 16 * 2**20
 
 
 def check_target(path: Path, overwrite: bool, folder: bool, needed: int) -> None:
@@ -53,10 +59,8 @@ def check_target(path: Path, overwrite: bool, folder: bool, needed: int) -> None
             raise OutputError(
                 f"{path} is a folder; the result is a file. Choose another name, or remove the folder first."
             )
-        if stat.S_ISDIR(present.st_mode) and not _is_model_folder(path):
-            raise OutputError(
-                f"{path} is a folder that holds no saved model, so it is not replaced. Choose another name."
-            )
+        if stat.S_ISDIR(present.st_mode):
+            _check_model_folder(path)
         if not (stat.S_ISDIR(present.st_mode) or stat.S_ISREG(present.st_mode) or stat.S_ISLNK(present.st_mode)):
             raise OutputError(f"{path} is neither a file nor a folder, so it is not replaced. Choose another name.")
     if not os.access(path.parent, os.W_OK | os.X_OK):
@@ -71,9 +75,20 @@ def check_target(path: Path, overwrite: bool, folder: bool, needed: int) -> None
                 )
 
 
-def _is_model_folder(path: Path) -> bool:
-    names = set(os.listdir(path))
-    return not names or any(mark in names for mark in _FOLDER_MARKS)
+def _check_model_folder(path: Path) -> None:
+    """Refuse to replace a folder unless it is empty, or holds a saved model and nothing else."""
+    with explain(path):
+        names = sorted(os.listdir(path))
+    if not names:
+        return
+    stray = [name for name in names if name not in _BESIDE and not name.startswith("model.weights")]
+    if stray:
+        raise OutputError(
+            f"{path} is a folder that holds '{stray[0]}', which is no part of a saved model, so it is not replaced. "
+            "Choose another name."
+        )
+    if "config.json" not in names or not any(mark in names for mark in _WEIGHTS):
+        raise OutputError(f"{path} is a folder that holds no saved model, so it is not replaced. Choose another name.")
 
 
 @contextmanager
@@ -167,6 +182,8 @@ def temporary_folder(path: Path, overwrite: bool) -> Iterator[Path]:
             elif not overwrite:
                 raise FileExistsError(errno.EEXIST, "exists", str(path))
             else:
+                if path.is_dir() and not path.is_symlink():
+                    _check_model_folder(path)  # it may have changed since the start
                 _exchange(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -174,14 +191,73 @@ def temporary_folder(path: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _exchange(temporary: Path, path: Path) -> None:
-    old = temporary_name(path)
-    os.rename(path, old)
-    try:
-        os.rename(temporary, path)
-    except BaseException:
-        os.rename(old, path)
-        raise
+    """Put `temporary` in the place of `path`, and remove what stood there.
+
+    On Linux both change names in one step, so that at any moment there is a whole folder at `path`. Where the system or
+    the file system cannot do so, the old one is renamed away first: a kill in between leaves it under a hidden name.
+    """
+    old = temporary
+    if not _swap(temporary, path):
+        old = temporary_name(path)
+        os.rename(path, old)
+        try:
+            os.rename(temporary, path)
+        except BaseException:
+            os.rename(old, path)
+            raise
     if old.is_dir() and not old.is_symlink():
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.unlink(old)
+
+
+def _swap(first: Path, second: Path) -> bool:
+    """Let two names change places in one step; False, with nothing done, where that is not possible."""
+    if not sys.platform.startswith("linux"):
+        return False
+    import ctypes  # seldom needed
+
+    try:
+        call = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    call.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    return bool(call(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0)
+
+
+def copy_file(source: Path, target: Path, overwrite: bool) -> None:
+    """Copy a finished file to its place, whole or not at all.
+
+    Args:
+        source: the file; left as it is.
+        target: where the copy is to appear.
+        overwrite: whether a file that stands there may be replaced.
+
+    Raises:
+        OutputError: if it cannot be written there, or the source cannot be read or changes meanwhile.
+    """
+    try:
+        file = source.open("rb", buffering=0)
+    except OSError as error:
+        raise OutputError(f"{source} cannot be read: {error.strerror or error}.") from None
+    with file:
+        size = os.fstat(file.fileno()).st_size
+        check_target(target, overwrite, False, size)
+        buffer = memoryview(bytearray(_CHUNK))
+        with temporary_file(target, overwrite) as fd:
+            done = 0
+            while True:
+                try:
+                    count = file.readinto(buffer)
+                except OSError as error:
+                    raise OutputError(f"{source} cannot be read: {error.strerror or error}.") from None
+                if not count:
+                    break
+                written = 0
+                with explain(target):
+                    while written < count:
+                        written += os.write(fd, buffer[written:count])
+                done += count
+            if done != size:
+                raise OutputError(f"{target} was not written: {source} holds {size:,} bytes but {done:,} were read.")
