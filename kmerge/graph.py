@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from kmerge.errors import GraphError
@@ -80,17 +81,28 @@ class Graph:
     outputs: Structure
 
     def calls_of(self, layer: int) -> tuple[int, ...]:
-        return tuple(index for index, call in enumerate(self.calls) if call.layer == layer)
+        return self._calls_by_layer.get(layer, ())
+
+    @cached_property
+    def _calls_by_layer(self) -> dict[int, tuple[int, ...]]:
+        found: dict[int, list[int]] = {}
+        for index, call in enumerate(self.calls):
+            found.setdefault(call.layer, []).append(index)
+        return {layer: tuple(calls) for layer, calls in found.items()}
 
     def layer_of(self, ref: Ref) -> Layer:
         return self.layers[self.calls[ref.call].layer]
 
     def layer_named(self, name: str) -> int:
         """Number of the layer of that name; KeyError if there is none."""
+        return self._layers_by_name[name]
+
+    @cached_property
+    def _layers_by_name(self) -> dict[str, int]:
+        found: dict[str, int] = {}
         for index, layer in enumerate(self.layers):
-            if layer.name == name:
-                return index
-        raise KeyError(name)
+            found.setdefault(layer.name, index)
+        return found
 
 
 def flatten(structure: Structure) -> list[Any]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +269,22 @@ def test_sort_calls_keeps_shapes_and_output_numbers() -> None:
     tensor, mask = refs(done.calls[1].arguments)
     assert (tensor.call, tensor.shape, tensor.dtype, mask.call, mask.output) == (0, (None, 3), "float16", 0, 2)
     assert (done.outputs.call, done.outputs.output) == (1, 1)
+
+
+def test_calls_and_names_are_indexed() -> None:
+    graph = network(("in", ()), ("a", (0,)), ("b", (1,)), outputs=2)
+    twin = network(("in", ()), ("a", (0,)), ("b", (1,)), outputs=2)
+    again = replace(graph, calls=(*graph.calls, Call(1, graph.calls[1].arguments)))
+    assert graph.calls_of(1) == (1,)
+    assert again.calls_of(1) == (1, 3)
+    assert graph.calls_of(7) == ()
+    assert graph.layer_named("b") == 2
+    with pytest.raises(KeyError, match="nobody"):
+        graph.layer_named("nobody")
+    assert graph == twin  # whatever has been looked up
+    assert graph != again
+    assert repr(graph) == repr(twin)
+    assert pickle.loads(pickle.dumps(graph)) == graph
 
 
 def test_ancestors() -> None:
