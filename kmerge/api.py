@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import logging
 import os
 import tempfile
 import time
@@ -18,18 +18,20 @@ from kmerge import live
 from kmerge.assembly import Assembly, assemble, assemble_flat
 from kmerge.dialects.reading import Dialect
 from kmerge.engine import merge_tensors
-from kmerge.errors import KmergeError, MergeError, OutputError, PlanError, UnrelatedError
+from kmerge.errors import MergeError, OutputError, PlanError, UnrelatedError
+from kmerge.graph import layer_order
 from kmerge.layout import Layout, lay_out
-from kmerge.plan import Plan, Role, SourceFacts, read_plan
+from kmerge.plan import Plan, Role, SourceFacts, is_there, read_plan
 from kmerge.planning import check_plan, make_plan, source_facts
 from kmerge.progress import Progress, silent
 from kmerge.report.comparison import Comparison, compare_sources
 from kmerge.report.facts import Report, flat_sizes, layer_sizes, merge_sizes
-from kmerge.report.inspection import Inspection, inspect_source, stored_merge
+from kmerge.report.inspection import Inspection, inspect_source, old_hard_sigmoid, stored_merge
 from kmerge.rules import Rules, unique_labels
 from kmerge.similarity import Ancestry, ancestry, flat_cosines, layer_cosines
 from kmerge.source import Source, open_source, stem
 from kmerge.store import Kind, create_archive, create_hdf5, identify
+from kmerge.store.target import check_target, copy_file
 from kmerge.surgery import Merged, merge_graphs
 from kmerge.version import __version__
 
@@ -57,7 +59,7 @@ def combine(
     roles: Sequence[tuple[str, Role]] | None = None,
     dry_run: bool = False,
     force: bool = False,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> Report:
     """Merge model files into one file, streamed, without importing a framework.
 
@@ -90,15 +92,16 @@ def combine(
         KmergeError: with what happened and how to go on. Nothing is written then.
     """
     started = time.perf_counter()
+    sources = _listed(sources)
     rules = _rules(labels, trunk, share, private, roles, inputs, outputs, method, option, weights, freeze)
     with ExitStack() as stack:
         work = _Workspace(stack)
         target = _target(output, work.peek(sources))
         opened = work.open(sources, rules, base, target)
         work.protect(target, plan)
-        job = _prepare(opened, rules, plan)
+        job = _prepare(opened, rules, plan, isinstance(sources, Mapping), work.notes)
         if not dry_run:
-            job = _write(job, target, work, force, progress)
+            job = _write(job, target, work, force, progress or silent)
             size = _size(target)
         report = job.report(None if dry_run else str(target), 0 if dry_run else size, time.perf_counter() - started)
     return report
@@ -121,7 +124,7 @@ def merge_models(
     plan: Plan | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     roles: Sequence[tuple[str, Role]] | None = None,
     custom_objects: Mapping[str, Any] | None = None,
-    progress: Progress = silent,
+    progress: Progress | None = None,
 ) -> Any:
     """Merge models and hand back one live `keras.Model`, not compiled.
 
@@ -137,6 +140,7 @@ def merge_models(
     Raises:
         KmergeError: with what happened and how to go on.
     """
+    sources = _listed(sources)
     rules = _rules(labels, trunk, share, private, roles, inputs, outputs, method, option, weights, freeze)
     with ExitStack() as stack:
         work = _Workspace(stack)
@@ -156,9 +160,20 @@ def merge_models(
         if not trusted:
             for source in opened:
                 live.check_runs_no_code(source.model, source.name)
-        _write(_prepare(opened, rules, plan), target, work, True, progress)
+        job = _write(
+            _prepare(opened, rules, plan, isinstance(sources, Mapping), work.notes),
+            target,
+            work,
+            True,
+            progress or silent,
+        )
+        for note in job.plan.notes + job.notes:
+            logging.getLogger("kmerge").warning(note)
         known = {**live.custom_objects_of(models), **(custom_objects or {})}
-        return live.load_model(target, "the merged model", known, trusted)
+        model = live.load_model(target, "the merged model", known, trusted)
+        if job.plan.freeze and job.merged is not None:
+            live.freeze(model, _shared_places(job.merged))
+        return model
 
 
 def inspect(path: str | os.PathLike[str]) -> Inspection:
@@ -181,6 +196,7 @@ def compare(sources: Sources, *, labels: Sequence[str] | None = None) -> Compari
     Raises:
         KmergeError: if one cannot be opened, or holds no graph.
     """
+    sources = _listed(sources)
     with ExitStack() as stack:
         work = _Workspace(stack)
         opened = work.open(sources, Rules(labels=labels), None, None)
@@ -230,6 +246,21 @@ def _rules(
 # ------------------------------------------------------------------------------------------------------ opening
 
 
+def _listed(sources: Any) -> Sources:
+    """The sources as a list or a dictionary, whatever they are iterated from.
+
+    Raises:
+        PlanError: if they are a single one, or nothing that holds any.
+    """
+    if isinstance(sources, (str, os.PathLike)) or live.is_model(sources):
+        raise PlanError("One source is given where a list of them is expected: a merge needs at least two.")
+    if isinstance(sources, Mapping):
+        return dict(sources)
+    if not isinstance(sources, Iterable):
+        raise PlanError(f"The sources are {type(sources).__name__}: expected a list of paths or Keras models.")
+    return list(sources)
+
+
 class _Workspace:
     """Temporary files of one run, and the sources that it opened."""
 
@@ -237,6 +268,7 @@ class _Workspace:
         self._stack = stack
         self._folder: Path | None = None
         self._inputs: list[Path] = []
+        self.notes: tuple[str, ...] = ()
 
     @property
     def folder(self) -> Path:
@@ -246,12 +278,8 @@ class _Workspace:
 
     def peek(self, sources: Sources) -> dict[str, SourceLike]:
         """The sources by provisional labels."""
-        if isinstance(sources, (str, os.PathLike)) or live.is_model(sources):
-            raise PlanError("One source is given where a list of them is expected: a merge needs at least two.")
         if isinstance(sources, Mapping):
             return dict(sources)
-        if not isinstance(sources, Iterable):
-            raise PlanError(f"The sources are {type(sources).__name__}: expected a list of paths or Keras models.")
         values = list(sources)
         names = [str(value.name) if live.is_model(value) else stem(value) for value in values]
         return dict(zip(unique_labels(names), values, strict=True))
@@ -268,6 +296,8 @@ class _Workspace:
                 ground = bases.enter_context(open_source(base, "base"))
                 self._inputs.append(Path(base))
             opened = [self._open(value, label, ground) for label, value in zip(labels, values.values(), strict=True)]
+        if base is not None and not any(source.bound for source in opened):
+            self.notes += ("the base is not used: every source has a graph of its own",)
         return self._unify(opened, target)
 
     def _open(self, value: SourceLike, label: str, base: Source | None) -> Source:
@@ -293,7 +323,7 @@ class _Workspace:
             place = target.resolve()
         except (OSError, ValueError):
             return  # no name that a file can have: writing will say so
-        for path in (*self._inputs, *plans):
+        for path in (*self._inputs, *(path for path in plans if is_there(path))):
             if place == path.resolve() or (path.is_dir() and path.resolve() in place.parents):
                 what = "the plan" if path in plans else "one of the sources, or a part of one"
                 raise OutputError(
@@ -313,6 +343,10 @@ class _Workspace:
             return opened
         if target is not None and all(source.dialect is Dialect.KERAS3 for source in opened):
             return opened
+        for source in opened:
+            layers = old_hard_sigmoid(source) if source.dialect is Dialect.KERAS2 else []
+            if layers:
+                self.notes += (_changed_meaning(source.label, layers),)
         return [source if source.dialect is Dialect.KERAS3 else self._converted(source) for source in opened]
 
     def _converted(self, source: Source) -> Source:
@@ -325,6 +359,19 @@ class _Workspace:
         return replace(
             again, name=source.name, size=source.size, training=source.training, warnings=(*source.warnings, note)
         )
+
+
+def _shared_places(merged: Merged) -> list[int]:
+    """Places of the shared layers in `model.layers`: custom layers may not keep their names."""
+    order = [number for number in layer_order(merged.graph) if not merged.graph.layers[number].is_operation]
+    return [place for place, number in enumerate(order) if merged.layers[number].role == "shared"]
+
+
+def _changed_meaning(label: str, layers: Sequence[str]) -> str:
+    return (
+        f"'{label}': {', '.join(layers[:3])} compute hard_sigmoid as Keras 2 did; in current Keras it is another "
+        "function, so that predictions differ a little"
+    )
 
 
 def _is_h5(value: SourceLike) -> bool:
@@ -408,44 +455,92 @@ class _Job:
         )
 
 
-def _prepare(sources: list[Source], rules: Rules, given: Any) -> _Job:
+def _prepare(sources: list[Source], rules: Rules, given: Any, named: bool, notes: tuple[str, ...]) -> _Job:
     """Everything up to the first byte."""
     flat = any(source.graph is None for source in sources)
     found: Ancestry | None = None
-    notes: tuple[str, ...] = ()
     if given is not None:
-        plan, notes = _given_plan(given, sources, rules)
-        sources = [replace(source, label=label) for source, label in zip(sources, plan.labels, strict=True)]
+        plan, sources = _given_plan(given, sources, rules, named)
     elif rules.method == "auto":
         plan = make_plan(sources, replace(rules, method="mean"), __version__)
         found = _look_for_ancestor(sources, plan, flat)
+        if found is not None and found.related is None and any(layer.method for layer in plan.layers):
+            notes += (
+                "no common kernels tell whether the sources share an ancestor: their mean was taken unseen, so compare "
+                "the merged model with its sources",
+            )
     else:
         plan = make_plan(sources, rules, __version__)
     if flat:
         return _Job(tuple(sources), plan, None, assemble_flat(sources, plan), found, notes)
+    if any(layer.method == "align" for layer in plan.layers):
+        sources = _aligned(sources, plan)
     merged = merge_graphs(lay_out(sources), plan)
     return _Job(tuple(sources), plan, merged, assemble(merged, sources), found, notes)
 
 
-def _given_plan(given: Any, sources: list[Source], rules: Rules) -> tuple[Plan, tuple[str, ...]]:
-    """A plan from outside, for these sources."""
+def _aligned(sources: Sequence[Source], plan: Plan) -> list[Source]:
+    """The sources with their units brought into one order."""
+    from kmerge.align import align_by_weights, permuted
+    from kmerge.spaces import layout_spaces
+
+    layout = lay_out(sources)
+    shared = [number for number, layer in enumerate(plan.of_first) if layer.role == "shared" and layer.has_weights]
+    seed = next(int(layer.options.get("seed", 0)) for layer in plan.layers if layer.method == "align")
+    alignment = align_by_weights(layout, layout_spaces(layout, shared), shared, plan.weights, seed)
+    return [permuted(source, alignment) for source in sources]
+
+
+def _given_plan(given: Any, sources: list[Source], rules: Rules, named: bool) -> tuple[Plan, list[Source]]:
+    """A plan from outside and the sources in its order, under their labels.
+
+    Raises:
+        PlanError: if it is for other sources, or the files stand in another order.
+    """
     if rules != Rules(labels=rules.labels):
         raise PlanError("A plan is given together with other rules: the plan decides everything. Leave the rules out.")
     plan = _plan_of(given)
     if len(plan.sources) != len(sources):
         raise PlanError(f"The plan is for {len(plan.sources)} sources: {len(sources)} given.")
-    labels = rules.labels or plan.labels
-    sources = [replace(source, label=label) for source, label in zip(sources, labels, strict=True)]
+    own = [source.label for source in sources]
+    if named and set(own) == set(plan.labels):
+        sources = [sources[own.index(label)] for label in plan.labels]
+    elif named or rules.labels is not None:
+        plan = _relabelled(plan, own)
+    elif own != list(plan.labels) and set(own) == set(plan.labels):
+        raise PlanError(
+            f"The plan has the sources in the order {', '.join(plan.labels)}, and they are given as {', '.join(own)}: "
+            "give them in the plan's order, or name them anew with --labels."
+        )
+    sources = [replace(source, label=label) for source, label in zip(sources, plan.labels, strict=True)]
     check_plan(plan, sources)
+    notes = tuple(
+        f"'{old.label}': the plan was made from {old.name} of {old.size:,} bytes, this is {source.name} of "
+        f"{source.size:,}"
+        for source, old in zip(sources, plan.sources, strict=True)
+        if not old.digest and (old.name, old.size) != (source.name, source.size)
+    )
     facts = tuple(
         replace(source_facts(source), digest=old.digest) for source, old in zip(sources, plan.sources, strict=True)
     )
-    return replace(plan, sources=facts, kmerge=__version__), ()
+    return replace(plan, sources=facts, kmerge=__version__, notes=plan.notes + notes), sources
+
+
+def _relabelled(plan: Plan, labels: Sequence[str]) -> Plan:
+    """The plan under other labels, also where an option of a method names a source."""
+    new = dict(zip(plan.labels, labels, strict=True))
+
+    def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: new.get(value, value) if key == "label" else value for key, value in options.items()}
+
+    layers = tuple(replace(layer, options=renamed(layer.options)) for layer in plan.layers)
+    sources = tuple(replace(source, label=new[source.label]) for source in plan.sources)
+    return replace(plan, sources=sources, layers=layers, options=renamed(plan.options))
 
 
 def _plan_of(given: Any) -> Plan:
     """A plan from JSON, or from a model that kmerge merged."""
-    if isinstance(given, (str, os.PathLike)) and Path(given).exists() and not _looks_like_json(Path(given)):
+    if isinstance(given, (str, os.PathLike)) and is_there(Path(given)) and not _looks_like_json(Path(given)):
         with open_source(given) as source:
             stored = stored_merge(source)
         if stored is None:
@@ -455,13 +550,13 @@ def _plan_of(given: Any) -> Plan:
 
 
 def _looks_like_json(path: Path) -> bool:
-    if not path.is_file():
+    if path.is_dir():
         return False
     with path.open("rb") as file:
         return file.read(64).lstrip()[:1] in (b"{", b"")
 
 
-def _look_for_ancestor(sources: Sequence[Source], plan: Plan, flat: bool) -> Ancestry | None:
+def _look_for_ancestor(sources: Sequence[Source], plan: Plan, flat: bool) -> Ancestry:
     """Whether averaging makes sense here.
 
     Raises:
@@ -478,13 +573,13 @@ def _look_for_ancestor(sources: Sequence[Source], plan: Plan, flat: bool) -> Anc
     if found.related is False:
         raise UnrelatedError(
             f"These models do not share an ancestor: the cosine of their trunks' weights is {found.cosine:.2f} "
-            "(1 is equal, 0 "
-            "is unrelated). A mean of unrelated trunks loses what each of them knows, though it looks like a model.\n"
-            "If you want it all the same, say so with --method mean; --trunk none keeps every source whole in "
-            "one file, "
-            "and --method pick takes one source's trunk."
+            "(1 is equal, 0 is unrelated). A mean of unrelated trunks loses what each of them knows, though it looks "
+            "like a model.\n"
+            "If you want it all the same, say so with --method mean; --method align brings their units into one order "
+            "first, which helps but does not make them one; --trunk none keeps every source whole in one file, and "
+            "--method pick takes one source's trunk."
         )
-    return found if not math.isnan(found.cosine) else None
+    return found
 
 
 def _write(job: _Job, target: Path, work: _Workspace, force: bool, progress: Progress) -> _Job:
@@ -520,21 +615,27 @@ def _write_through_keras(job: _Job, target: Path, work: _Workspace, force: bool,
     """`.keras` sources into an old `.h5`: merged as they are, then saved by Keras."""
     for source in job.sources:
         live.check_runs_no_code(source.model, source.name)
-    from kmerge.store.target import check_target, temporary_file
-
     check_target(target.absolute(), force, False, job.assembly.layout.nbytes)
     middle = work.folder / "merged.keras"
     finished = _write(job, middle, work, True, progress)
     final = work.folder / "merged.h5"
     text = json.dumps(finished.stored())
     live.write_as_h5(middle, final, text)
-    with temporary_file(target.absolute(), force) as fd, final.open("rb") as file:
-        os.sendfile(fd, file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    copy_file(final, target.absolute(), force)
     return finished
 
 
 def _check_target(job: _Job, target: Path) -> None:
-    """Files without a graph need the suffix that Keras wants."""
+    """The suffix must be one that Keras opens the file by."""
+    known = ("", ".h5", ".hdf5", ".keras")
+    weights_only = target.name.lower().endswith((".weights.h5", ".weights.json"))
+    if job.merged is not None and (
+        weights_only or (target.suffix not in known and job.assembly.kind is not Kind.FOLDER)
+    ):
+        raise OutputError(
+            f"'{target.name}' is no name for a whole model: Keras opens .keras, .h5 and .hdf5. "
+            "Give one of these suffixes with -o."
+        )
     kind = job.assembly.kind
     if kind in (Kind.WEIGHTS, Kind.SHARDS) and not target.name.endswith(".weights.h5"):
         raise OutputError(
@@ -580,8 +681,3 @@ def _create(assembly: Assembly, target: Path, force: bool, stored: Callable[[], 
 
 def _keras_version(assembly: Assembly) -> str:
     return assembly.version
-
-
-def explain(error: KmergeError) -> str:
-    """An error's message with the notes that were added on its way."""
-    return "\n".join([str(error), *getattr(error, "__notes__", ())])

@@ -40,7 +40,7 @@ class Target:
     """One weight of the output.
 
     Attributes:
-        key: its place in the output.
+        key: its place in the output; "" for a weight that is read for its source's digest alone.
         layer: name of its layer, for messages.
         members: (source number, weight), one for a private weight, one per source for a shared one.
         role: shared weights are merged, private ones copied.
@@ -122,6 +122,7 @@ def merge_tensors(
     share = np.asarray(weights, dtype=np.float64)
     labels = [source.label for source in sources]
     digests = Digests.of(sources)
+    targets = [*targets, *_unread(sources, targets)]
     worker = _Worker(share, labels, output, digests, _places(sources), _units(targets))
     total = sum(weight.tensor.nbytes for source in sources for state in source.states for weight in state.weights)
     count = threads or min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 4)
@@ -150,6 +151,18 @@ class _Unit:
     stop: int
     step: int
     """Entries that are merged at a time: leaves, or even parts of one."""
+
+
+def _unread(sources: Sequence[Source], targets: Sequence[Target]) -> list[Target]:
+    """Weights that no target reads, to be read for the digest alone: a source of weight 0 under an average."""
+    read = {id(weight) for target in targets for _, weight in target.members}
+    return [
+        Target("", "", ((number, weight),))
+        for number, source in enumerate(sources)
+        for state in source.states
+        for weight in state.weights
+        if id(weight) not in read
+    ]
 
 
 def _places(sources: Sequence[Source]) -> list[dict[int, str]]:
@@ -215,7 +228,8 @@ class _Worker:
             stack = self._buffer(len(target.members), stop - start, stored)
             for row, (source, weight), part in zip(stack, target.members, parts, strict=True):
                 read += self._read(row, source, weight, start, part)
-            self.output.write(target.key, start, self._merge(target, stack, start))
+            if target.key:
+                self.output.write(target.key, start, self._merge(target, stack, start))
         return read
 
     def _buffer(self, rows: int, length: int, dtype: Any) -> Array:
@@ -237,7 +251,11 @@ class _Worker:
         weight.tensor.read_into(start, values)
         leaves = self.digests.leaves[source][self.places[source][id(weight)]]
         first = start // LEAF
-        raw = memoryview(values.view(np.uint8))  # type: ignore[arg-type]
+        original = getattr(weight.tensor, "original", None)  # under an alignment the file's own order is digested
+        content = values if original is None else np.empty_like(values)
+        if original is not None:
+            original.read_into(start, content)
+        raw = memoryview(content.view(np.uint8))  # type: ignore[arg-type]
         if part is None:
             step = LEAF * own.itemsize
             for number in range(max(1, -(-values.size // LEAF))):
@@ -280,7 +298,7 @@ class _Worker:
             return pooled_variance(means[used], stack[used].astype(np.float64), weights=share).astype(stack.dtype)
         plain = stack.dtype in (np.float32, np.float64, np.complex64, np.complex128)
         working = stack if plain else stack.astype(np.float32)
-        if target.method == "mean":
+        if target.method in ("mean", "align"):
             merged = mean_in_place(working, self.share)
         else:
             merged = get_method(target.method).function(working, weights=self.share, **target.options)

@@ -70,10 +70,22 @@ def head_layers(source: Source) -> set[int]:
             heads.add(layer)
         else:
             waiting.extend(ref.call for ref in refs(graph.calls[number].arguments))
-    for call in graph.calls:
-        if any(graph.calls[ref.call].layer in heads for ref in refs(call.arguments)):
-            heads.add(call.layer)
-    return heads
+    # Whatever depends on a head is one: followed call by call, because one activation may stand in trunk and head.
+    grown = True
+    while grown:
+        grown = False
+        behind: set[int] = set()
+        for number, call in enumerate(graph.calls):
+            if call.layer in heads or any(ref.call in behind for ref in refs(call.arguments)):
+                behind.add(number)
+                if call.layer not in heads and not is_plain(source, call.layer):
+                    heads.add(call.layer)
+                    grown = True
+    return heads | {graph.calls[n].layer for n in behind if _only_behind(graph, graph.calls[n].layer, behind)}
+
+
+def _only_behind(graph: Graph, layer: int, behind: set[int]) -> bool:
+    return all(number in behind for number in graph.calls_of(layer))
 
 
 def is_plain(source: Source, layer: int) -> bool:

@@ -94,9 +94,11 @@ class Plan:
                 raise PlanError(
                     f"The plan was written by kmerge {values.get('kmerge')}, which is newer: update kmerge to use it."
                 )
-            layers = tuple(LayerPlan(**{**layer, "layers": tuple(layer["layers"])}) for layer in values["layers"])
-            sources = tuple(SourceFacts(**source) for source in values["sources"])
-            rest = {key: values[key] for key in ("method", "options", "trunk", "inputs", "outputs", "freeze")}
+            layers = tuple(
+                LayerPlan(**{**_typed(layer, _LAYER), "layers": tuple(layer["layers"])}) for layer in values["layers"]
+            )
+            sources = tuple(SourceFacts(**_typed(source, _SOURCE)) for source in values["sources"])
+            rest = {key: _typed(values, _PLAN)[key] for key in _PLAN}
             weights = tuple(float(weight) for weight in values["weights"])
             if not math.isclose(sum(weights), 1.0):
                 weights = tuple(float(weight) for weight in normalise_weights(weights, len(sources)))
@@ -122,6 +124,42 @@ class Plan:
         return plan
 
 
+def is_there(path: Path) -> bool:
+    """Whether there is such a file or folder; no for what cannot be a name."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+_PLAN = {"method": str, "options": Mapping, "trunk": str, "inputs": str, "outputs": str, "freeze": bool}
+_SOURCE = {"label": str, "name": str, "size": int, "version": str, "digest": str}
+_LAYER = {
+    "name": str,
+    "class_name": str,
+    "role": str,
+    "method": str,
+    "options": Mapping,
+    "layers": list,
+    "has_weights": bool,
+}
+
+
+def _typed(values: Any, types: Mapping[str, Any]) -> Any:
+    """The values, after a look at their types: plans come out of files.
+
+    Raises:
+        TypeError: naming the first that is of another type.
+    """
+    for key, kind in types.items():
+        if key in values and not isinstance(values[key], kind):
+            raise TypeError(f"{key} is {values[key]!r}, expected {kind.__name__}")
+    names = values.get("layers") if types is _LAYER else []
+    if not all(name is None or isinstance(name, str) for name in names):
+        raise TypeError(f"layers is {names!r}, expected names")
+    return values
+
+
 def read_plan(value: Plan | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:
     """A plan from itself, from what `to_dict` gave, from a JSON file, or from a merged model that holds one.
 
@@ -135,7 +173,7 @@ def read_plan(value: Plan | Mapping[str, Any] | str | os.PathLike[str]) -> Plan:
     if not isinstance(value, (str, os.PathLike)):
         raise PlanError(f"The plan is a {type(value).__name__}: expected a plan, its JSON, or a file.")
     path = Path(value)
-    if not path.is_file():
+    if not is_there(path) or path.is_dir():
         raise PlanError(f"There is no plan '{path}': make one with kmerge combine --dry-run --json > plan.json.")
     with path.open("rb") as file:
         text = file.read(64 * 2**20 + 1)

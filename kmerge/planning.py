@@ -8,11 +8,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from kmerge.dialects.vocabulary import weight_specs
 from kmerge.errors import LayoutError, PlanError
-from kmerge.layout import lay_out, source_graph
-from kmerge.methods import normalise_weights
+from kmerge.layout import Layout, lay_out, source_graph
+from kmerge.methods import get_method, normalise_weights
 from kmerge.plan import LayerPlan, Plan, SourceFacts
-from kmerge.roles import check_inputs, check_outputs, check_shared, decide_layers
+from kmerge.roles import check_inputs, check_numbers, check_outputs, check_shared, decide_layers
 from kmerge.rules import Rules, check_rules
 from kmerge.source import Source
 
@@ -42,13 +43,15 @@ def make_plan(sources: Sequence[Source], rules: Rules, version: str = "") -> Pla
     if any(source.graph is None for source in sources):
         layers = _plan_without_graph(sources, rules)
     else:
-        layers, notes = decide_layers(lay_out(sources), rules)
+        layout = lay_out(sources)
+        layers, notes = decide_layers(layout, rules)
+        notes += _more_notes(layout, layers, rules, weights)
     warnings = tuple(f"'{source.label}': {warning}" for source in sources for warning in source.warnings)
     warnings += tuple(
         f"the label '{label}' works for predictions, but TensorFlow cannot train a head of that name: "
         "for training, choose --labels of plain letters, digits, '_', '-' and '.'"
         for label in labels
-        if not re.fullmatch(r"[A-Za-z0-9_.\\/>-]*", label)
+        if not re.fullmatch(r"[A-Za-z0-9_./>-]*", label)
     )
     return Plan(
         sources=facts,
@@ -63,6 +66,31 @@ def make_plan(sources: Sequence[Source], rules: Rules, version: str = "") -> Pla
         notes=warnings + notes,
         kmerge=version,
     )
+
+
+def _more_notes(layout: Layout, layers: Sequence[LayerPlan], rules: Rules, weights: Sequence[float]) -> tuple[str, ...]:
+    """What a merge does that its user may not expect."""
+    notes = []
+    merged = [number for number, layer in enumerate(layers) if layer.method and layer.layers[0] is not None]
+    if rules.freeze and not any(layer.role == "shared" and layer.has_weights for layer in layers):
+        notes.append("freeze has no effect: no shared layer has weights")
+    for number in merged:
+        layer, state = source_graph(layout.first).layers[number], layout.first.states[number]
+        if rules.freeze and "trainable" not in layer.config:
+            notes.append(
+                f"'{layer.name}' ({layer.class_name}) does not save whether it is trainable: a loaded file must set "
+                "layer.trainable = False"
+            )
+        vectors = [weight for weight in state.weights if len(weight.tensor.shape) == 1 and weight.name == weight.key]
+        if rules.method != "pick" and len(vectors) > 1 and weight_specs(layer.class_name, layer.config) is None:
+            notes.append(
+                f"'{layer.name}' ({layer.class_name}) is a layer that kmerge does not know: all its numbers are merged "
+                f"as weights, statistics too. Keep it per source with --private {layer.name} if it holds some"
+            )
+    for source, weight in zip(layout.sources, weights, strict=True):
+        if weight == 0:
+            notes.append(f"'{source.label}' has weight 0: it counts nowhere in what is merged")
+    return tuple(notes)
 
 
 def source_facts(source: Source) -> SourceFacts:
@@ -82,6 +110,11 @@ def _plan_without_graph(sources: Sequence[Source], rules: Rules) -> tuple[LayerP
         raise PlanError(
             f"'{bare.name}' holds no graph: --share, --private, --inputs, --outputs and --freeze need one. "
             "Leave them out, or give the architecture with --base FILE."
+        )
+    if get_method(rules.method).scope == "model":
+        raise PlanError(
+            f"The method '{rules.method}' needs the graph, and '{bare.name}' holds none: take another method, or give "
+            "the architecture with --base FILE."
         )
     first = sources[0]
     for source in sources[1:]:
@@ -105,6 +138,8 @@ def _plan_without_graph(sources: Sequence[Source], rules: Rules) -> tuple[LayerP
                     f"weight '{key}': {mine[key].tensor.shape} in '{first.label}' but {theirs[key].tensor.shape} in "
                     f"'{source.label}'. Shared weights need equal shapes: leave '{source.label}' out."
                 )
+    for source in sources:
+        check_numbers(source, source.states[0], rules, "--method pick")
     names = (first.model or {}).get("class_name") or "weights"
     return (
         LayerPlan(

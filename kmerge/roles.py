@@ -13,14 +13,16 @@ from kmerge.matching import Difference
 from kmerge.plan import LayerPlan, Role
 from kmerge.rules import Rules
 from kmerge.shapes import Shape, infer_shapes
-from kmerge.source import Source
+from kmerge.source import Source, State
+from kmerge.store import is_number
 
 
 def decide_layers(layout: Layout, rules: Rules) -> tuple[tuple[LayerPlan, ...], tuple[str, ...]]:
     first = layout.first
     graph = source_graph(first)
     check_inputs(layout, rules)
-    wanted, forced, notes = _wanted_roles(layout, rules)
+    wanted, forced = _wanted_roles(layout, rules)
+    notes: list[str] = []
     roles: dict[int, Role] = {}
     shared_calls: set[int] = set()
     for index, call in enumerate(graph.calls):
@@ -77,10 +79,11 @@ def decide_layers(layout: Layout, rules: Rules) -> tuple[tuple[LayerPlan, ...], 
     return tuple(plans), tuple(notes)
 
 
-def _wanted_roles(layout: Layout, rules: Rules) -> tuple[set[int], dict[int, Role], list[str]]:
+def _wanted_roles(layout: Layout, rules: Rules) -> tuple[set[int], dict[int, Role]]:
     """Layers of the first source that the rules want shared, and those whose role a pattern decides."""
     graph = source_graph(layout.first)
     everything = set(range(len(graph.layers)))
+    forced: dict[int, Role] = {}
     if rules.trunk == "none":
         wanted: set[int] = set()
     elif rules.trunk == "all":
@@ -96,7 +99,7 @@ def _wanted_roles(layout: Layout, rules: Rules) -> tuple[set[int], dict[int, Rol
             )
         calls = ancestors(graph, graph.calls_of(names.index(rules.trunk)))
         wanted = {graph.calls[call].layer for call in calls}
-    forced: dict[int, Role] = {}
+        forced[names.index(rules.trunk)] = "shared"
     for pattern, role in rules.roles:
         fitting = [number for number, layer in enumerate(graph.layers) if fnmatchcase(layer.name, pattern)]
         others = [
@@ -125,7 +128,7 @@ def _wanted_roles(layout: Layout, rules: Rules) -> tuple[set[int], dict[int, Rol
     }
     if rules.trunk == "all":
         forced = {**{number: "shared" for number in everything if not graph.layers[number].is_input}, **forced}
-    return wanted, forced, []
+    return wanted, forced
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -160,6 +163,8 @@ def _checked(layout: Layout, number: int, forced: Role | None, rules: Rules, not
     layer = source_graph(layout.first).layers[number]
     found = layout.difference(number)
     if found is None:
+        for source, match in zip(layout.sources, layout.matches, strict=True):
+            check_numbers(source, source.states[match.layers[number]], rules, f"--private {layer.name}")
         return "shared"
     if found[1].kind == "state" and is_quantized(layer.config):
         if rules.method == "pick":
@@ -185,6 +190,21 @@ def _checked(layout: Layout, number: int, forced: Role | None, rules: Rules, not
         )
         return "private"
     raise LayoutError(difference_message(layout, number, source, different))
+
+
+def check_numbers(source: Source, state: State, rules: Rules, way_out: str) -> None:
+    """Weights that are to be combined must be numbers.
+
+    Raises:
+        LayoutError: if one is not.
+    """
+    for weight in state.weights:
+        if rules.method != "pick" and not is_number(weight.tensor.dtype):
+            raise LayoutError(
+                f"'{source.label}': {weight.name} is stored as {weight.tensor.dtype}, which does not say what numbers "
+                "it holds (old HDF5 files lose the type of bfloat16), so it cannot be combined. Save the model as "
+                f".keras, or leave it alone with {way_out}."
+            )
 
 
 def difference_message(layout: Layout, number: int, source: Source, different: Difference) -> str:
@@ -228,8 +248,20 @@ def check_inputs(layout: Layout, rules: Rules) -> None:
         if rules.inputs == "shared" and mine != theirs:
             raise LayoutError(
                 f"'{layout.first.label}' has {mine} inputs but '{source.label}' has {theirs}: one input for "
-                "all needs as many "
-                f"in every source. Give every source its own with --inputs separate, or leave '{source.label}' out."
+                "all needs as many in every source. Give every source its own with --inputs separate, or leave "
+                f"'{source.label}' out."
+            )
+        keys, others = first.inputs, source_graph(source).inputs
+        if (
+            rules.inputs == "shared"
+            and isinstance(keys, dict)
+            and isinstance(others, dict)
+            and set(keys) != set(others)
+        ):
+            raise LayoutError(
+                f"'{layout.first.label}' names its inputs {_listed(sorted(keys))} but '{source.label}' names them "
+                f"{_listed(sorted(others))}: one input for all needs equal names, because they tell which is which. "
+                f"Give every source its own with --inputs separate, or leave '{source.label}' out."
             )
 
 

@@ -48,14 +48,19 @@ def sample(weight: Weight, entries: int = SAMPLE) -> Array:
     if tensor.size <= entries:
         values = np.empty(tensor.size, dtype=dtype)
         tensor.read_into(0, values)
-        return values.astype(np.float64)
+        return _numbers(values)
     block = min(_BLOCK, entries)
     blocks = entries // block
     values = np.empty((blocks, block), dtype=dtype)
     last = tensor.size - block
     for number, row in enumerate(values):
         tensor.read_into(last * number // max(1, blocks - 1), row)
-    return values.ravel().astype(np.float64)
+    return _numbers(values.ravel())
+
+
+def _numbers(values: Array) -> Array:
+    """Values as float64; the bytes of those whose type is not known."""
+    return (values.view(np.uint8) if values.dtype.type is np.void else values).astype(np.float64)
 
 
 def cosine(first: Array, second: Array) -> float:

@@ -92,6 +92,8 @@ class Source:
     states: tuple[State, ...] = ()
     training: Any = None
     warnings: tuple[str, ...] = ()
+    bound: bool = False
+    """Whether the graph is that of a base, given beside weights only."""
     files: tuple[Path, ...] = ()
     """All files that it is read from: the path itself, and shards."""
     root: Mapping[str, Any] = field(default_factory=dict)
@@ -615,6 +617,7 @@ def _with_graph(source: Source, base: Source) -> Source:
                 )
     return replace(
         bound,
+        bound=True,
         kind=base.kind,
         model=base.model,
         version=source.version or base.version,

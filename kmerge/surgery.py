@@ -72,14 +72,21 @@ class _Surgeon:
         self.keys: dict[_Key, int] = {}
         self.known: dict[str, int] = {}
         self.planned = plan.of_first
+        self.prefixes = dict(zip(plan.labels, _told_apart([label_name(label) for label in plan.labels]), strict=True))
 
     def run(self) -> Merged:
         made = [self._add_source(number) for number in range(len(self.layout.sources))]
         inputs = self._inputs([inputs for inputs, _ in made])
         outputs, heads = self._outputs([outputs for _, outputs in made])
         graph = self._named(Graph(source_graph(self.layout.first).name, (), tuple(self.calls), inputs, outputs), heads)
-        graph = _with_shapes(sort_calls(graph))
-        return Merged(graph, tuple(self.origins), {label: tuple(names) for label, names in heads.items()})
+        graph = sort_calls(graph)
+        # What reaches no output is left out: a source of weight 0 under an average.
+        kept = sorted({call.layer for call in graph.calls})
+        place = {layer: number for number, layer in enumerate(kept)}
+        calls = tuple(Call(place[call.layer], call.arguments) for call in graph.calls)
+        graph = replace(graph, layers=tuple(graph.layers[layer] for layer in kept), calls=calls)
+        origins = tuple(self.origins[layer] for layer in kept)
+        return Merged(_with_shapes(graph), origins, {label: tuple(names) for label, names in heads.items()})
 
     def _add_source(self, number: int) -> tuple[Structure, Structure]:
         """Adds the calls of one source; returns its inputs and outputs in the merged graph."""
@@ -141,7 +148,7 @@ class _Surgeon:
             return made[0]
         if all(isinstance(structure, dict) for structure in made):
             return {
-                f"{label_name(label)}_{key}": structure[key]
+                f"{self.prefixes[label]}_{key}": structure[key]
                 for label, structure in zip(self.plan.labels, made, strict=True)
                 for key in structure
             }
@@ -195,18 +202,22 @@ class _Surgeon:
 
     def _average(self, tensors: Sequence[Ref], name: str, dialect: Dialect) -> Ref:
         weights = self.plan.weights
-        if len(set(weights)) == 1:
-            return self._add_layer(_plain_layer("Average", name, {}, dialect), _merging(tensors, dialect))
+        used = [
+            (number, tensor, weight)
+            for number, (tensor, weight) in enumerate(zip(tensors, weights, strict=True))
+            if weight
+        ]
+        if len(used) == 1:
+            return used[0][1]
+        dtype = self.layers[self.calls[tensors[0].call].layer].config.get("dtype") or "float32"
+        if len(used) == len(tensors) and len(set(weights)) == 1:
+            return self._add_layer(_plain_layer("Average", name, dtype, {}, dialect), _merging(tensors, dialect))
         scaled = []
-        for number, (tensor, weight) in enumerate(zip(tensors, weights, strict=True)):
-            if weight > 0:
-                layer = _plain_layer(
-                    "Rescaling", f"{name}_share_{number + 1}", {"scale": weight, "offset": 0.0}, dialect
-                )
-                scaled.append(self._add_layer(layer, _merging([tensor], dialect)))
-        if len(scaled) == 1:
-            return scaled[0]
-        return self._add_layer(_plain_layer("Add", name, {}, dialect), _merging(scaled, dialect))
+        for number, tensor, weight in used:
+            settings = {"scale": weight, "offset": 0.0}
+            layer = _plain_layer("Rescaling", f"{name}_share_{number + 1}", dtype, settings, dialect)
+            scaled.append(self._add_layer(layer, _merging([tensor], dialect)))
+        return self._add_layer(_plain_layer("Add", name, dtype, {}, dialect), _merging(scaled, dialect))
 
     # ---------------------------------------------------------------------------------------------------- names
 
@@ -224,14 +235,22 @@ class _Surgeon:
             taken.add(candidate)
             names[layer] = candidate
 
+        for name, ref in _named_inputs(graph.inputs):
+            layer = graph.calls[ref.call].layer
+            if layer not in names:
+                own = self.layers[layer].name
+                if self.origins[layer].role == "private":
+                    own = name or f"{self.prefixes[self.plan.labels[self.origins[layer].members[0][0]]]}_{own}"
+                take(layer, own)
         for layer, name in makers.items():
-            take(layer, name)
+            if layer not in names:
+                take(layer, name)
         for private in (False, True):
             for layer, origin in enumerate(self.origins):
                 if layer not in names and (origin.role == "private") is private:
                     own = self.layers[layer].name
                     if private:
-                        own = f"{label_name(self.plan.labels[origin.members[0][0]])}_{own}"
+                        own = f"{self.prefixes[self.plan.labels[origin.members[0][0]]]}_{own}"
                     take(layer, own)
         objects: dict[Any, int] = {}
         layers = [
@@ -302,9 +321,16 @@ def _rename(layer: Layer, name: str, origin: MergedLayer, objects: dict[Any, int
     return replace(layer, name=name, config=renumber(dict(layer.config)), entry=renumber(dict(layer.entry)))
 
 
-def _plain_layer(class_name: str, name: str, settings: dict[str, Any], dialect: Dialect) -> Layer:
+def _named_inputs(inputs: Structure) -> list[tuple[str, Ref]]:
+    """Inputs with their keys, "" where they are no dictionary: Keras wants key and input layer to be named alike."""
+    if isinstance(inputs, dict):
+        return [(key, ref) for key in inputs for ref in refs(inputs[key])]
+    return [("", ref) for ref in refs(inputs)]
+
+
+def _plain_layer(class_name: str, name: str, dtype: Any, settings: dict[str, Any], dialect: Dialect) -> Layer:
     entry = {"module": "keras.layers", "registered_name": None} if dialect is Dialect.KERAS3 else {}
-    config = {"name": name, "trainable": True, "dtype": "float32", **settings}
+    config = {"name": name, "trainable": True, "dtype": dtype, **settings}
     return Layer(name, class_name, config, entry)
 
 

@@ -825,7 +825,7 @@ ROWS |= {
         PlanError,
         ("Two sources are called 'a'",),
     ),
-    "plan label number": (stored_plan(lambda p: p["sources"][1].update(label=5)), PlanError, ("5 is no label",)),
+    "plan label number": (stored_plan(lambda p: p["sources"][1].update(label=5)), PlanError, ("label is 5",)),
     "plan layer unknown": (
         stored_plan(lambda p: p["layers"][1].update(class_name="Conv1D")),
         PlanError,
