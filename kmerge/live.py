@@ -6,14 +6,21 @@ Keras is imported when a function here is called, not before.
 from __future__ import annotations
 
 import os
+import sys
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from kmerge.errors import FormatError, MergeError, OutputError
 
-RUNS_CODE = ("Lambda", "TFSMLayer", "TorchModuleWrapper")
-"""Layers that hold code: never run from a file."""
+RUNS_CODE = {
+    "Lambda": "holds Python bytecode",
+    "TFSMLayer": "runs a TensorFlow SavedModel from disk",
+    "TorchModuleWrapper": "holds a pickled PyTorch module",
+}
+"""Layers that hold code, and what that is: never run from a file."""
 
 
 def is_model(value: Any) -> bool:
@@ -22,6 +29,57 @@ def is_model(value: Any) -> bool:
         base.__name__ == "Model" and base.__module__.startswith(("keras.", "keras_core."))
         for base in type(value).__mro__
     )
+
+
+class _Silence:
+    """Who wants silence, and the standard error that comes back when nobody does any more."""
+
+    lock = threading.Lock()
+    count = 0
+    saved: int | None = None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Drop what is written to standard error meanwhile: by Python, and by TensorFlow's C++, which knows only the
+    descriptor. It is the whole process's, so threads share one silence, and the last one to leave ends it."""
+    with _Silence.lock:
+        if not _Silence.count:
+            _redirect()
+        _Silence.count += 1
+    try:
+        yield
+    finally:
+        with _Silence.lock:
+            _Silence.count -= 1
+            if not _Silence.count:
+                _restore()
+
+
+def _redirect() -> None:
+    _flush()
+    try:
+        _Silence.saved = os.dup(2)
+    except OSError:  # it is closed
+        _Silence.saved = None
+    null = os.open(os.devnull, os.O_WRONLY)
+    if null != 2:
+        os.dup2(null, 2)
+        os.close(null)
+
+
+def _restore() -> None:
+    _flush()
+    if _Silence.saved is None:
+        os.close(2)
+    else:
+        os.dup2(_Silence.saved, 2)
+        os.close(_Silence.saved)
+
+
+def _flush() -> None:
+    with suppress(OSError, ValueError, AttributeError):  # closed, or None
+        sys.stderr.flush()
 
 
 def save_model(model: Any, folder: Path, name: str) -> Path:
@@ -34,7 +92,8 @@ def save_model(model: Any, folder: Path, name: str) -> Path:
         raise FormatError(f"The model '{model.name}' has no weights yet: call or build it once before merging.")
     path = folder / f"{name}.keras"
     try:
-        model.save(path)
+        with quiet():
+            model.save(path)
     except Exception as error:
         raise FormatError(f"Keras cannot save the model '{model.name}': {_one_line(error)}.") from error
     return path
@@ -46,12 +105,14 @@ def load_model(path: Path, what: str, custom_objects: Mapping[str, Any] | None =
     Raises:
         MergeError: if Keras does not open it.
     """
-    import keras
+    with quiet():
+        import keras
 
     try:
-        return keras.saving.load_model(
-            path, custom_objects=dict(custom_objects or {}), compile=False, safe_mode=not trusted
-        )
+        with quiet():
+            return keras.saving.load_model(
+                path, custom_objects=dict(custom_objects or {}), compile=False, safe_mode=not trusted
+            )
     except Exception as error:
         raise MergeError(f"Keras {keras.__version__} cannot open {what}: {_one_line(error)}.") from error
 
@@ -107,23 +168,38 @@ def _with_suffix(path: Path, model: Mapping[str, Any] | None, folder: Path) -> P
     return link
 
 
-def write_as_h5(path: Path, target: Path, attribute: str) -> None:
+def write_as_h5(path: Path, target: Path, attribute: str, custom_objects: Mapping[str, Any] | None = None) -> None:
     """A `.keras` file as a Keras 3 `.h5` at `target`, with kmerge's facts in an attribute.
 
+    Args:
+        path: the `.keras` file.
+        target: where to write; what stands there is replaced.
+        attribute: the facts.
+        custom_objects: classes of custom layers, as for `load_model`.
+
     Raises:
-        MergeError: if Keras cannot.
+        MergeError: if Keras does not open the `.keras` file.
+        OutputError: if Keras cannot save it as `.h5`, or the attribute cannot be written.
     """
     import h5py
 
-    model = load_model(path, "the merged model")
+    model = load_model(path, "the merged model", custom_objects)
     try:
-        model.save(target)
+        with quiet():
+            model.save(target)
         with h5py.File(target, "r+") as file:
             file.attrs["kmerge"] = attribute
     except Exception as error:
         raise OutputError(
             f"Keras cannot write the merged model as .h5: {_one_line(error)}. Write it as .keras."
         ) from error
+
+
+def freeze(model: Any, places: list[int]) -> None:
+    """Set the layers at some places of `model.layers` to be not trainable, whatever their configuration records."""
+    for place in places:
+        if model.layers[place].weights:
+            model.layers[place].trainable = False
 
 
 def custom_objects_of(models: list[Any]) -> dict[str, Any]:

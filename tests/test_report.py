@@ -6,11 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import kmerge
+from kmerge.dialects.reading import Dialect
+from kmerge.dialects.vocabulary import WeightKind
+from kmerge.graph import Call, Graph, Layer, Ref
+from kmerge.live import RUNS_CODE
 from kmerge.report.facts import LayerSize, Report, Size
+from kmerge.report.inspection import inspect_source, old_hard_sigmoid
 from kmerge.report.page import report_page
 from kmerge.report.text import (
     Part,
@@ -21,6 +27,8 @@ from kmerge.report.text import (
     summary_table,
 )
 from kmerge.report.words import output_text, parameters_text, printable, share_text, short, summary_rows
+from kmerge.source import Source, State, Weight
+from kmerge.store import Kind, Tensor
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
@@ -153,6 +161,84 @@ def test_printable() -> None:
     assert printable("a\nb") == r"a\nb"
     assert printable("a\nb", keep_lines=True) == "a\nb"
     assert printable("\udcff") == r"\udcff"
+
+
+# -------------------------------------------------------------------------------------------------- what is in a file
+
+
+def opened(
+    class_name: str, config: dict[str, Any], version: str = "2.2.4", dialect: Dialect = Dialect.KERAS2, *keys: str
+) -> Source:
+    """A source of one layer named "it", with weights of these keys, as `open_source` would give it."""
+    layers = (Layer("in", "InputLayer", {"batch_input_shape": [None, 4, 3]}), Layer("it", class_name, config))
+    calls = (Call(0), Call(1, [[Ref(0), {}]]))
+    weights = tuple(
+        Weight(key, key.rsplit("/", 1)[-1], WeightKind.WEIGHT, Tensor((3, size), "float32", 3 * size, 12 * size, key))
+        for size, key in enumerate(keys, 1)
+    )
+    return Source(
+        label="a",
+        name="a.h5",
+        path=None,
+        kind=Kind.H5,
+        size=1,
+        version=version,
+        dialect=dialect,
+        graph=Graph("g", layers, calls, [Ref(0)], [Ref(1)]),
+        states=(State(), State(weights)),
+    )
+
+
+def test_weights_of_one_name_are_told_apart() -> None:
+    keys = ("forward/kernel", "forward/bias", "backward/kernel", "backward/bias", "scale")
+    layer = inspect_source(opened("Bidirectional", {}, "3.5.0", Dialect.KERAS3_H5, *keys)).layers[1]
+    assert list(layer.weights) == list(keys)
+    assert layer.weights["backward/kernel"] == (3, 3)
+    assert layer.parameters == 45
+
+
+HARD: dict[str, dict[str, Any]] = {
+    "its own": {"activation": "hard_sigmoid"},
+    "of the gates": {"activation": "tanh", "recurrent_activation": "hard_sigmoid"},
+    "Keras 1's name": {"inner_activation": "hard_sigmoid"},
+    "as an object": {"activation": {"class_name": "function", "config": "hard_sigmoid"}},
+    "inside a wrapper": {"layer": {"class_name": "LSTM", "config": {"recurrent_activation": "hard_sigmoid"}}},
+    "inside a list": {"cells": [{"class_name": "GRUCell", "config": {"recurrent_activation": "hard_sigmoid"}}]},
+}
+
+
+@pytest.mark.parametrize("config", HARD.values(), ids=HARD)
+def test_the_old_hard_sigmoid_is_told(config: dict[str, Any]) -> None:
+    for version in ("1.2.2", "2.2.4", "2.6.0", "2.4.0-tf", ""):
+        source = opened("RNN", config, version)
+        assert old_hard_sigmoid(source) == ["it"]
+        (hazard,) = inspect_source(source).hazards
+        assert hazard.startswith("'it' (RNN) computes hard_sigmoid as Keras 2 and 1 did, clip(0.2x + 0.5);")
+    assert old_hard_sigmoid(opened("RNN", config, "2.15.0", Dialect.KERAS3)) == ["it"]
+    for dialect in (Dialect.KERAS3, Dialect.KERAS3_H5):
+        assert old_hard_sigmoid(opened("RNN", config, "3.0.0", dialect)) == []
+        assert old_hard_sigmoid(opened("RNN", config, "", dialect)) == []
+
+
+def test_other_activations_are_no_hard_sigmoid() -> None:
+    assert old_hard_sigmoid(opened("LSTM", {"recurrent_activation": "sigmoid", "name": "hard_sigmoid"})) == []
+    assert old_hard_sigmoid(opened("Dense", {"activation": None, "units": 3})) == []
+    assert old_hard_sigmoid(opened("LSTM", {})) == ["it"]  # by default, before 2.3
+    assert old_hard_sigmoid(opened("LSTM", {}, "2.3.0")) == []
+    assert old_hard_sigmoid(replace(opened("LSTM", {}), graph=None)) == []
+
+
+@pytest.mark.parametrize("class_name", RUNS_CODE)
+def test_layers_that_hold_code_are_told(class_name: str) -> None:
+    (hazard,) = inspect_source(opened(class_name, {})).hazards
+    assert hazard == f"'it' ({class_name}) {RUNS_CODE[class_name]}: kmerge carries it along and never runs it"
+
+
+@pytest.mark.parametrize(("trunk", "method"), [("none", "none"), ("auto", "mean")])
+def test_no_method_where_nothing_is_merged(trunk: str, method: str, sources: list[Path], tmp_path: Path) -> None:
+    kmerge.combine(sources, tmp_path / "m.h5", method="mean", trunk=trunk)
+    shown = text(inspection_view(kmerge.inspect(tmp_path / "m.h5")), 120)
+    assert f": method {method}, trunk {trunk}, " in shown
 
 
 # ---------------------------------------------------------------------------------------------------------- page

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from kmerge.dialects.reading import Dialect
 from kmerge.dialects.vocabulary import WeightKind, is_quantized
-from kmerge.graph import flatten, refs
+from kmerge.dialects.writing import parse_version
+from kmerge.graph import Ref, flatten, refs
+from kmerge.live import RUNS_CODE
 from kmerge.report.facts import graph_size
 from kmerge.shapes import infer_shapes
-from kmerge.source import Source, is_parameter
-
-RUNS_CODE = {
-    "Lambda": "holds Python bytecode",
-    "TFSMLayer": "runs a TensorFlow SavedModel from disk",
-    "TorchModuleWrapper": "holds a pickled PyTorch module",
-}
+from kmerge.source import Source, State, is_parameter
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class LayerFacts:
         name, class_name: as in the file.
         origin: names of the nested models that hold it, joined by "/"; "" at the top.
         output: shape of its first output, batch first; None where it cannot be told.
-        weights: name to shape.
+        weights: name to shape; the key in the file where several have one name.
         parameters: entries of its weights.
         inputs: the layers that it reads.
         role: shared or private, in a file that kmerge merged; "" elsewhere.
@@ -108,15 +105,13 @@ def inspect_source(source: Source) -> Inspection:
     for number, layer in enumerate(graph.layers):
         calls = graph.calls_of(number)
         reads = dict.fromkeys(graph.layer_of(ref).name for call in calls for ref in refs(graph.calls[call].arguments))
-        weights = {weight.name: weight.tensor.shape for weight in source.states[number].weights}
-        first = next((ref for ref in known if calls and ref.call == calls[0] and ref.output == 0), None)
         layers.append(
             LayerFacts(
                 name=layer.name,
                 class_name=layer.class_name,
                 origin="/".join(layer.origin),
-                output=known[first] if first is not None else None,
-                weights=weights,
+                output=known.get(Ref(calls[0])) if calls else None,
+                weights=_weights(source.states[number]),
                 parameters=sum(w.tensor.size for w in source.states[number].weights if is_parameter(w)),
                 inputs=tuple(reads),
                 role=roles.get(layer.name, ("", ""))[0],
@@ -152,11 +147,54 @@ def _roles(merge: Mapping[str, Any] | None) -> dict[str, tuple[str, str]]:
     return {name: (str(item.get("role", "")), str(item.get("source", ""))) for name, item in known.items()}
 
 
+def _weights(state: State) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, or by key where several weights have one name (the two directions of `Bidirectional`)."""
+    names = Counter(weight.name for weight in state.weights)
+    return {weight.name if names[weight.name] == 1 else weight.key: weight.tensor.shape for weight in state.weights}
+
+
+def old_hard_sigmoid(source: Source) -> list[str]:
+    """Names of the layers that compute hard_sigmoid as Keras 2 and older did, clip(0.2x + 0.5): now clip(x/6 + 0.5)."""
+    if source.graph is None:
+        return []
+    version = parse_version(source.version)
+    if version >= (3,) or (not version and source.dialect is not Dialect.KERAS2):
+        return []
+    return [
+        layer.name
+        for layer in source.graph.layers
+        if "hard_sigmoid" in _activations(layer.config)
+        or (version < (2, 3) and layer.class_name in _GATED and not _GATES & layer.config.keys())
+    ]
+
+
+_GATED = ("LSTM", "GRU", "ConvLSTM2D")
+_GATES = {"recurrent_activation", "inner_activation"}
+"""What gated layers call the activation of their gates, in Keras 2 and 1; before 2.3 it is hard_sigmoid by default."""
+
+
+def _activations(value: Any) -> Iterator[str]:
+    """Names of the activations in a layer's configuration, those of layers inside it too."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if key in ("activation", "recurrent_activation", "inner_activation"):
+                if isinstance(item, Mapping):  # {"class_name": "function", "config": "hard_sigmoid"}
+                    item = item.get("config") if isinstance(item.get("config"), str) else item.get("class_name")
+                if isinstance(item, str):
+                    yield item
+            else:
+                yield from _activations(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _activations(item)
+
+
 def _hazards(source: Source) -> list[str]:
     """What may surprise somebody who loads the file or merges it."""
     found = list(source.warnings)
     if source.graph is None:
         return found
+    old = set(old_hard_sigmoid(source))
     for layer, state in zip(source.graph.layers, source.states, strict=True):
         where = f"'{layer.name}' ({layer.class_name})"
         if layer.class_name in RUNS_CODE:
@@ -165,6 +203,11 @@ def _hazards(source: Source) -> list[str]:
             found.append(f"{where} is a custom layer: whoever loads the file needs its class")
         if is_quantized(layer.config):
             found.append(f"{where} is quantised: its weights can be taken from one source, not averaged")
+        if layer.name in old:
+            found.append(
+                f"{where} computes hard_sigmoid as Keras 2 and 1 did, clip(0.2x + 0.5); current Keras computes "
+                "clip(x/6 + 0.5), so predictions differ a little there"
+            )
         if any(weight.kind is WeightKind.LEARNED for weight in state.weights):
             found.append(f"{where} holds state adapted to data: shared only where it is equal")
     return found

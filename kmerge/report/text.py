@@ -302,6 +302,8 @@ def _merge_parts(merge: Mapping[str, Any]) -> Iterable[Part]:
     """How a merged file came to be. It comes from the file, so anything may be missing or of another kind."""
     plan = merge["plan"]
     rules = ("method", "trunk", "inputs", "outputs")
+    if _merged_nothing(plan):
+        plan = {**plan, "method": "none"}
     decided = [f"{key} {plan[key]}" for key in rules if isinstance(plan.get(key), str)]
     if plan.get("freeze") is True:
         decided.append("shared layers frozen")
@@ -325,6 +327,11 @@ def _merge_parts(merge: Mapping[str, Any]) -> Iterable[Part]:
             )
     end = [">size", "~digest"]
     yield _Sheet(rows, [["source", "file", *end], ["~source", "~file", *end]])
+
+
+def _merged_nothing(plan: Mapping[str, Any]) -> bool:
+    layers = plan.get("layers")
+    return isinstance(layers, list) and not any(isinstance(layer, Mapping) and layer.get("method") for layer in layers)
 
 
 def _named_shapes(shapes: Mapping[str, Sequence[int | None] | None]) -> str:
