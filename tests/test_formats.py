@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -19,6 +21,7 @@ import pytest
 import zoo
 
 import kmerge
+from kmerge import live
 
 CASE = zoo.CASES["conv_net"]
 
@@ -231,6 +234,85 @@ def test_a_kill_at_any_moment_leaves_the_old_file_or_the_new_one(suffix: str, fo
 def _environment() -> dict[str, str]:
     root = str(Path(kmerge.__file__).parent.parent)
     return {**os.environ, "PYTHONPATH": root}
+
+
+def test_a_conversion_is_silent(folder: Path, tmp_path: Path) -> None:
+    """Neither what Python prints on its way, nor what TensorFlow's C++ does; with or without standard error."""
+    out = tmp_path / "merged.h5"
+    command = [sys.executable, "-m", "kmerge", "combine", str(folder / "a.keras"), str(folder / "b.keras")]
+    command += ["-o", str(out), "--trunk", "none", "--quiet"]
+    done = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert zoo.load(out).layers
+    closed = f"{shlex.join([*command, '--force'])} 2>&-"
+    done = subprocess.run(closed, shell=True, env=_environment(), stdout=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_silence_ends_with_the_last_who_wants_it(capfd: pytest.CaptureFixture[str]) -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with live.quiet():
+            entered.set()
+            leave.wait(10)
+
+    def fail() -> None:
+        with live.quiet():
+            thread.start()
+            entered.wait(10)
+            os.write(2, b"one ")
+            raise KeyError
+
+    thread = threading.Thread(target=other)
+    with pytest.raises(KeyError):
+        fail()
+    os.write(2, b"two ")
+    leave.set()
+    thread.join()
+    os.write(2, b"three")
+    assert capfd.readouterr().err == "three"
+
+
+def test_silence_without_standard_error() -> None:
+    code = """if True:
+        import os
+        from kmerge import live
+        os.close(2)
+        with live.quiet():
+            os.write(2, b"lost")
+        try:
+            os.fstat(2)
+        except OSError:
+            print("closed")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=_environment(), stdout=subprocess.PIPE, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "closed\n")
+
+
+def test_an_h5_that_keras_cannot_write(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(kmerge.MergeError, match="cannot open the merged model"):
+        live.write_as_h5(tmp_path / "missing.keras", tmp_path / "out.h5", "{}")
+    (tmp_path / "folder.h5").mkdir()
+    with pytest.raises(kmerge.OutputError, match=r"cannot write the merged model as \.h5"):
+        live.write_as_h5(folder / "a.keras", tmp_path / "folder.h5", "{}")
+
+
+def test_an_h5_of_custom_layers(tmp_path: Path) -> None:
+    import keras
+
+    class Twice(keras.layers.Layer):  # type: ignore[misc]
+        def call(self, x: Any) -> Any:
+            return 2 * x
+
+    inputs = keras.Input((3,))
+    keras.Model(inputs, keras.layers.Dense(2)(Twice()(inputs))).save(tmp_path / "a.keras")
+    with pytest.raises(kmerge.MergeError, match="could not be deserialized"):
+        live.write_as_h5(tmp_path / "a.keras", tmp_path / "a.h5", "{}")
+    live.write_as_h5(tmp_path / "a.keras", tmp_path / "a.h5", "{}", {"Twice": Twice})
+    assert _stored_h5(tmp_path / "a.h5") == {}
 
 
 def test_the_default_output_takes_the_first_sources_suffix(
