@@ -282,10 +282,13 @@ class _Surgeon:
 
 
 def label_name(label: str) -> str:
-    """A label as part of a layer's name: TensorFlow allows letters without accents, digits, `_`, `.` and `-` only."""
+    """A label as part of a layer's name: letters without accents, digits, `_` and `-`.
+
+    TensorFlow allows no more but the full stop, and PyTorch does not allow that.
+    """
     plain = unicodedata.normalize("NFKD", label).encode("ascii", "ignore").decode()
-    plain = re.sub(r"[^A-Za-z0-9_.\-]+", "_", plain).strip("_")
-    return plain if re.match(r"[A-Za-z0-9.]", plain) else f"source_{plain}".rstrip("_")
+    plain = re.sub(r"[^A-Za-z0-9_\-]+", "_", plain).strip("_")
+    return plain if re.match(r"[A-Za-z0-9]", plain) else f"source_{plain}".rstrip("_")
 
 
 def frozen(layer: Layer) -> Layer:

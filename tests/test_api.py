@@ -11,6 +11,13 @@ import pytest
 import kmerge
 
 
+def array(value: Any) -> np.ndarray:
+    """A tensor of any backend as NumPy array."""
+    import keras
+
+    return np.asarray(keras.ops.convert_to_numpy(value))
+
+
 def dense(seed: int, dtype: str | None = None, keys: tuple[str, ...] = ()) -> Any:
     import keras
     from keras import layers
@@ -39,7 +46,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 def kernel(model: Any, name: str) -> np.ndarray:
-    return np.asarray(model.get_layer(name).get_weights()[0])
+    return array(model.get_layer(name).get_weights()[0])
 
 
 def test_inputs_of_other_names_are_not_taken_for_one_another(tmp_path: Path) -> None:
@@ -99,10 +106,10 @@ def test_an_average_leaves_out_a_source_of_weight_0(files: list[Path], tmp_path:
     assert all(source.digest for source in report.plan.sources)
     assert any("'m1' has weight 0" in note for note in report.notes)
     x = np.ones((2, 6), dtype="float32")
-    wanted = (np.asarray(load(files[0])(x)) + np.asarray(load(files[2])(x))) / 2
-    np.testing.assert_allclose(np.asarray(model(x)), wanted, atol=1e-6)
+    wanted = (array(load(files[0])(x)) + array(load(files[2])(x))) / 2
+    np.testing.assert_allclose(array(model(x)), wanted, atol=1e-6)
     kmerge.combine(files, out, trunk="none", outputs="mean", weights=[0, 1, 0], force=True)
-    np.testing.assert_array_equal(np.asarray(load(out)(x)), np.asarray(load(files[1])(x)))
+    np.testing.assert_array_equal(array(load(out)(x)), array(load(files[1])(x)))
 
 
 def test_an_average_keeps_its_sources_precision(tmp_path: Path) -> None:
@@ -231,7 +238,7 @@ def test_align_brings_unrelated_fixtures_together(family: str, suffix: str, fixt
     shape = source.inputs[0].shape
     x = np.random.default_rng(0).random((4, *shape[1:]), dtype="float32")
     for value in model(x).values():
-        np.testing.assert_allclose(np.asarray(value), np.asarray(source(x)), atol=1e-5)
+        np.testing.assert_allclose(array(value), array(source(x)), atol=1e-5)
 
 
 def test_align_needs_a_graph(tmp_path: Path) -> None:

@@ -22,6 +22,13 @@ def digits() -> tuple[np.ndarray, np.ndarray]:
     return (images / 16).astype("float32"), targets
 
 
+def array(value: Any) -> np.ndarray:
+    """A tensor of any backend as NumPy array."""
+    import keras
+
+    return np.asarray(keras.ops.convert_to_numpy(value))
+
+
 def tower(classes: int, seed: int, width: int = 16, head: str | None = None) -> Any:
     """64 inputs, two hidden layers with dropout between them, a softmax head."""
     import keras
@@ -140,7 +147,7 @@ def test_separate_inputs_with_outputs_by_label(models: dict[str, Any], digits: t
     merged = kmerge.merge_models(models, inputs="separate", method="pick")
     x = digits[0][:5]
     got = merged([x, x + 1, x], training=False)
-    np.testing.assert_array_equal(np.asarray(got["a"]), np.asarray(models["a"](x, training=False)))
+    np.testing.assert_array_equal(array(got["a"]), array(models["a"](x, training=False)))
 
 
 def test_fit_takes_lists_and_dictionaries_and_sample_weights(
@@ -174,14 +181,14 @@ def test_outputs_mean_is_one_drop_in_model() -> None:
 
     sources = {label: tower(3, seed) for seed, label in enumerate(LABELS)}
     x = np.random.default_rng(0).random((5, 64), dtype="float32")
-    wanted = np.stack([np.asarray(model(x, training=False)) for model in sources.values()])
+    wanted = np.stack([array(model(x, training=False)) for model in sources.values()])
     merged = kmerge.merge_models(sources, trunk="none", outputs="mean")
     assert isinstance(merged.output, keras.KerasTensor)
     assert merged.output_names == ["probabilities"]
-    np.testing.assert_allclose(np.asarray(merged(x, training=False)), wanted.mean(axis=0), atol=1e-6)
+    np.testing.assert_allclose(array(merged(x, training=False)), wanted.mean(axis=0), atol=1e-6)
     weighted = kmerge.merge_models(sources, trunk="none", outputs="mean", weights=[1, 0, 3])
     np.testing.assert_allclose(
-        np.asarray(weighted(x, training=False)), np.average(wanted, axis=0, weights=[1, 0, 3]), atol=1e-6
+        array(weighted(x, training=False)), np.average(wanted, axis=0, weights=[1, 0, 3]), atol=1e-6
     )
 
 
@@ -191,7 +198,7 @@ def test_everything_shared_is_one_model_with_one_output() -> None:
     x = np.random.default_rng(0).random((5, 64), dtype="float32")
     assert len(merged.outputs) == 1
     assert merged.count_params() == sources[0].count_params()
-    np.testing.assert_array_equal(np.asarray(merged(x)), np.asarray(sources[0](x)))
+    np.testing.assert_array_equal(array(merged(x)), array(sources[0](x)))
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -202,7 +209,7 @@ def test_a_model_with_itself_gives_its_own_predictions(share: bool, tmp_path: Pa
     x = np.random.default_rng(0).random((5, 64), dtype="float32")
     merged = kmerge.merge_models([path] * 4, trunk="auto" if share else "none", weights=[1, 2, 3, 0], method="mean")
     for value in merged(x, training=False).values():
-        np.testing.assert_array_equal(np.asarray(value), np.asarray(model(x, training=False)))
+        np.testing.assert_array_equal(array(value), array(model(x, training=False)))
 
 
 @pytest.mark.parametrize(
@@ -256,7 +263,7 @@ def test_several_outputs_are_named_after_label_and_output() -> None:
     assert {"left_age", "left_sex", "right_age", "right_sex"} <= {layer.name for layer in merged.layers}
     x = np.ones((2, 6), dtype="float32")
     for name, value in zip(("left_age", "left_sex"), one(x), strict=True):
-        np.testing.assert_array_equal(np.asarray(merged(x)[name]), np.asarray(value))
+        np.testing.assert_array_equal(array(merged(x)[name]), array(value))
 
 
 def test_several_inputs_as_a_dictionary_separately() -> None:
@@ -277,7 +284,7 @@ def test_several_inputs_as_a_dictionary_separately() -> None:
     got = merged(data)
     for label, model in sources.items():
         wanted = model({"p": data[f"{label}_p"], "q": data[f"{label}_q"]})
-        np.testing.assert_array_equal(np.asarray(got[label]), np.asarray(wanted))
+        np.testing.assert_array_equal(array(got[label]), array(wanted))
 
 
 def test_one_layer_without_weights_used_in_trunk_and_heads_keeps_the_trunk_single() -> None:
