@@ -13,8 +13,9 @@ import pytest
 import kmerge
 from kmerge.dialects.reading import Dialect
 from kmerge.dialects.vocabulary import WeightKind
-from kmerge.graph import Call, Graph, Layer, Ref
+from kmerge.graph import Call, Graph, Layer, Ref, ancestors
 from kmerge.live import RUNS_CODE
+from kmerge.report.comparison import blocked_layers
 from kmerge.report.facts import LayerSize, Report, Size
 from kmerge.report.inspection import inspect_source, old_hard_sigmoid
 from kmerge.report.page import report_page
@@ -239,6 +240,17 @@ def test_no_method_where_nothing_is_merged(trunk: str, method: str, sources: lis
     kmerge.combine(sources, tmp_path / "m.h5", method="mean", trunk=trunk)
     shown = text(inspection_view(kmerge.inspect(tmp_path / "m.h5")), 120)
     assert f": method {method}, trunk {trunk}, " in shown
+
+
+def test_what_stands_behind_a_layer_that_cannot_be_shared() -> None:
+    """A layer called in two places is behind whatever one of its calls is behind."""
+    wiring = [(0, []), (1, [0]), (2, [1]), (3, [0]), (2, [3]), (4, [2, 4]), (5, [0])]  # layer and parents, per call
+    calls = tuple(Call(layer, [[Ref(call), {}] for call in above] or None) for layer, above in wiring)
+    graph = Graph("g", tuple(Layer(str(n), "Dense", {}) for n in range(6)), calls, [Ref(0)], [Ref(5), Ref(6)])
+    for blocking in range(6):
+        above = {n: {calls[c].layer for c in ancestors(graph, graph.calls_of(n))} for n in range(6)}
+        assert blocked_layers(graph, {blocking}) == {n for n in range(6) if blocking in above[n]}
+    assert blocked_layers(graph, set()) == set()
 
 
 # ---------------------------------------------------------------------------------------------------------- page

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kmerge.graph import ancestors
+from kmerge.graph import Graph, parents
 from kmerge.layout import Layout, head_layers, source_graph
 from kmerge.similarity import Ancestry, ancestry, layer_cosines, sample
 
@@ -88,7 +88,7 @@ def compare_sources(layout: Layout) -> Comparison:
                 differences[number] = f"no counterpart in '{source.label}'"
             else:
                 differences[number] = different.sentence(layout.first.label, source.label)
-    blocking = {number for number, kind in kinds.items() if kind != "state"}
+    blocked = blocked_layers(graph, {number for number, kind in kinds.items() if kind != "state"})
     heads = head_layers(layout.first)
     layers = []
     for number in everything:
@@ -97,7 +97,6 @@ def compare_sources(layout: Layout) -> Comparison:
             source_graph(source).layers[found.layers[number]].name if number in found.layers else None
             for source, found in zip(layout.sources, layout.matches, strict=True)
         )
-        above = {graph.calls[call].layer for call in ancestors(graph, graph.calls_of(number))}
         known = item is not None and not math.isnan(item.mean)
         layers.append(
             LayerComparison(
@@ -109,7 +108,7 @@ def compare_sources(layout: Layout) -> Comparison:
                 cosine=item.mean if item is not None and known else None,
                 lowest=item.lowest if item is not None and known else None,
                 kernels=item is not None and item.kernels,
-                trunk_can_end=not blocking & above and number not in differences and not layer.is_input,
+                trunk_can_end=not (number in blocked or number in differences or layer.is_input),
                 default=number not in heads,
             )
         )
@@ -124,6 +123,15 @@ def compare_sources(layout: Layout) -> Comparison:
         identical=_identical(layout),
         meaning=MEANING[kinship.related],
     )
+
+
+def blocked_layers(graph: Graph, blocking: set[int]) -> set[int]:
+    """The layers that depend on one of those that cannot be shared, themselves included."""
+    behind: set[int] = set()
+    for number, call in enumerate(graph.calls):  # in topological order
+        if call.layer in blocking or not behind.isdisjoint(parents(graph, number)):
+            behind.add(number)
+    return {graph.calls[number].layer for number in behind}
 
 
 def _identical(layout: Layout) -> tuple[tuple[str, str], ...]:
