@@ -167,7 +167,9 @@ def merge_models(
             True,
             progress or silent,
         )
-        for note in job.plan.notes + job.notes:
+        changed = [(source.label, layers) for source in job.sources if (layers := old_hard_sigmoid(source))]
+        notes = [*job.plan.notes, *job.notes, *(_changed_meaning(label, layers) for label, layers in changed)]
+        for note in notes:
             logging.getLogger("kmerge").warning(note)
         known = {**live.custom_objects_of(models), **(custom_objects or {})}
         model = live.load_model(target, "the merged model", known, trusted)
@@ -344,7 +346,7 @@ class _Workspace:
         if target is not None and all(source.dialect is Dialect.KERAS3 for source in opened):
             return opened
         for source in opened:
-            layers = old_hard_sigmoid(source) if source.dialect is Dialect.KERAS2 else []
+            layers = old_hard_sigmoid(source)
             if layers:
                 self.notes += (_changed_meaning(source.label, layers),)
         return [source if source.dialect is Dialect.KERAS3 else self._converted(source) for source in opened]

@@ -5,6 +5,7 @@ Sources match by position in the graph, never by name: automatic names differ in
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,11 +133,18 @@ class _Matcher:
             for call, other in zip(mine, theirs, strict=True):
                 if self._same(call, other) and self.fits(call, other):
                     self.pair(call, other)
+        left: dict[str, deque[int]] = {}
+        for other in theirs:
+            if other not in self.taken_calls:
+                left.setdefault(self.other_plain[self.other.calls[other].layer] if equal else "", deque()).append(other)
         for call in mine:
-            fitting = (other for other in theirs if self.fits(call, other))
-            chosen = next((other for other in fitting if not equal or self._same(call, other)), None)
+            if call in self.calls:
+                continue
+            candidates = left.get(self.first_plain[self.first.calls[call].layer] if equal else "", deque())
+            chosen = next((other for other in candidates if self.fits(call, other)), None)
             if chosen is not None:
                 self.pair(call, chosen)
+                candidates.remove(chosen)  # nearly always the first
 
     def _same(self, call: int, other_call: int) -> bool:
         return self.first_plain[self.first.calls[call].layer] == self.other_plain[self.other.calls[other_call].layer]
@@ -152,10 +160,10 @@ class _Matcher:
         return canonical([graph.layers[call.layer].class_name, places])
 
     def backward(self, equal: bool) -> None:
-        waiting = list(_pairs(self.first.outputs, self.other.outputs))
+        waiting = deque(_pairs(self.first.outputs, self.other.outputs))
         seen: set[tuple[int, int]] = set()
         while waiting:
-            mine, theirs = waiting.pop(0)
+            mine, theirs = waiting.popleft()
             if (mine.call, theirs.call) in seen or mine.output != theirs.output:
                 continue
             seen.add((mine.call, theirs.call))

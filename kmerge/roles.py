@@ -71,8 +71,9 @@ def decide_layers(layout: Layout, rules: Rules) -> tuple[tuple[LayerPlan, ...], 
             )
         )
     for place, (source, found) in enumerate(zip(layout.sources, matched, strict=True)):
+        taken = set(found.values())
         for number, layer in enumerate(source_graph(source).layers):
-            if number not in found.values():
+            if number not in taken:
                 names = tuple(layer.name if other == place else None for other in range(len(layout.sources)))
                 weights = bool(source.states[number].weights)
                 plans.append(LayerPlan(layer.name, layer.class_name, "private", "", {}, names, weights))

@@ -314,7 +314,7 @@ BAD_CALLS = [
     (("combine", A, B, "--labels", "a,b,c"), 2, "3 given for 2 sources"),
     (("combine", A, B, "--labels", "a,"), 2, "empty label"),
     (("combine", A, B, "--labels", "a,a"), 1, "Two sources are called 'a'"),
-    (("combine", A, B, "--method", "magic"), 2, "There is no method 'magic': choose one of auto, mean"),
+    (("combine", A, B, "--method", "magic"), 2, "There is no method 'magic': choose one of auto, align, mean"),
     (("combine", A, B, "--method", "mean", "--option", "density=1"), 2, "has no option 'density'"),
     (("combine", A, B, "--option", "density"), 2, "no KEY=VALUE"),
     (("combine", A, B, "--option", "=1"), 2, "no KEY=VALUE"),
