@@ -665,6 +665,12 @@ main()
 """
 
 
+def _heed_signals() -> None:
+    """Undo what `nohup` and `&` do to the processes that they start: to ignore signals is inherited."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     ("number", "status", "message"),
@@ -677,7 +683,9 @@ main()
 def test_signals_leave_nothing_behind(number: signal.Signals, status: int, message: str) -> None:
     before = files()
     command = [sys.executable, "-c", SLOW, "combine", A, B, "-o", "m.h5"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, env=_environment(), text=True) as running:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, env=_environment(), text=True, preexec_fn=_heed_signals
+    ) as running:
         assert running.stderr
         assert running.stderr.readline() == "ready\n"
         assert len(files()) == len(before) + 1  # the temporary file
