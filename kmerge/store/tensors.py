@@ -1,5 +1,6 @@
 """One stored tensor, read block by block: straight from its bytes, or through the HDF5 library where it must be."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Tensor:
+class Tensor(ABC):
     """A tensor in a file: known by shape and type, its numbers read on demand.
 
     Attributes:
@@ -57,8 +58,9 @@ class Tensor:
         self.read_into(0, out)
         return out.reshape(self.shape)
 
+    @abstractmethod
     def _read(self, start: int, raw: np.ndarray) -> None:
-        raise NotImplementedError
+        """The bytes of the elements from `start` on, as many as fill `raw`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -1,5 +1,6 @@
 """What an open set of weights offers, whatever holds it."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +25,7 @@ class Tree:
     attributes: dict[str, dict[str, AttributeValue]] = field(default_factory=dict)
 
 
-class Weights:
+class Weights(ABC):
     """Named tensors in groups: an HDF5 file, a member of a zip, or a set of shards.
 
     Attributes:
@@ -33,14 +34,15 @@ class Weights:
 
     path: Path
 
+    @abstractmethod
     def attributes(self, group: str = "") -> dict[str, AttributeValue]:
         """The attributes of a group: text, numbers, or lists of them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def names(self, group: str = "") -> tuple[str, ...]:
         """The names of a group's children, in HDF5's order by name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tree(self, group: str = "") -> Tree:
         """Everything under a group, checked.
 
@@ -48,18 +50,18 @@ class Weights:
             UnsafeFileError: if there is anything but plain groups and plain tensors that are really stored.
             FormatError: if there is no such group, or the file is damaged.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def has(self, group: str) -> bool:
         """Tell whether there is a group or tensor of this path."""
-        raise NotImplementedError
 
     def names_attribute(self, group: str, name: str) -> list[str]:
         """A list of names stored as an attribute, joined where Keras split it; [] if there is none."""
         return join_names(self.attributes(group), name, f"{self.path.name}: {group!r}" if group else self.path.name)
 
+    @abstractmethod
     def close(self) -> None:
-        raise NotImplementedError
+        """Give the file back."""
 
     def __enter__(self) -> Self:
         return self
