@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import kmerge
@@ -174,7 +175,7 @@ def opened(
     layers = (Layer("in", "InputLayer", {"batch_input_shape": [None, 4, 3]}), Layer("it", class_name, config))
     calls = (Call(0), Call(1, [[Ref(0), {}]]))
     weights = tuple(
-        Weight(key, key.rsplit("/", 1)[-1], WeightKind.WEIGHT, Tensor((3, size), "float32", 3 * size, 12 * size, key))
+        Weight(key, key.rsplit("/", 1)[-1], WeightKind.WEIGHT, Unread((3, size), "float32", 3 * size, 12 * size, key))
         for size, key in enumerate(keys, 1)
     )
     return Source(
@@ -188,6 +189,13 @@ def opened(
         graph=Graph("g", layers, calls, [Ref(0)], [Ref(1)]),
         states=(State(), State(weights)),
     )
+
+
+class Unread(Tensor):
+    """A tensor of which nothing but its shape is asked."""
+
+    def _read(self, start: int, raw: np.ndarray) -> None:
+        raise AssertionError("an inspection reads no weight")
 
 
 def test_weights_of_one_name_are_told_apart() -> None:
