@@ -657,7 +657,7 @@ def _check_target(job: _Job, target: Path) -> None:
 @contextmanager
 def _create(assembly: Assembly, target: Path, force: bool, stored: Callable[[], dict[str, Any]]) -> Iterator[Any]:
     if assembly.kind in (Kind.KERAS, Kind.FOLDER):
-        version = _keras_version(assembly)
+        version = assembly.version
 
         def metadata() -> dict[str, Any]:
             saved = datetime.now().strftime("%Y-%m-%d@%H:%M:%S")
@@ -679,7 +679,3 @@ def _create(assembly: Assembly, target: Path, force: bool, stored: Callable[[], 
             target, assembly.layout, overwrite=force, closing=lambda: {"kmerge": json.dumps(stored())}
         ) as output:
             yield output
-
-
-def _keras_version(assembly: Assembly) -> str:
-    return assembly.version

@@ -87,6 +87,10 @@ def _more_notes(layout: Layout, layers: Sequence[LayerPlan], rules: Rules, weigh
                 f"'{layer.name}' ({layer.class_name}) is a layer that kmerge does not know: all its numbers are merged "
                 f"as weights, statistics too. Keep it per source with --private {layer.name} if it holds some"
             )
+    if rules.method == "align" and merged:
+        notes.append(
+            "sources without a common ancestor lose accuracy even when aligned: compare the result with its sources"
+        )
     for source, weight in zip(layout.sources, weights, strict=True):
         if weight == 0:
             notes.append(f"'{source.label}' has weight 0: it counts nowhere in what is merged")

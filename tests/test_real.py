@@ -112,7 +112,7 @@ def test_old_files_merge_with_themselves_and_keep_their_predictions(shared: Path
         for number, value in enumerate(keras.tree.flatten(got)):
             np.testing.assert_array_equal(np.asarray(value), flat[number % len(flat)], err_msg=path.name)
         compared += 1
-    assert compared >= 15
+    assert compared >= 18  # what Keras 3.15.1 opens and runs of them
 
 
 def test_every_old_whole_model_file_merges_in_weight_space(shared: Path, tmp_path: Path) -> None:

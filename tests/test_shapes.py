@@ -19,7 +19,7 @@ SINGLE: list[tuple[str, dict[str, Any], Any]] = [
     ("Dense", {"units": 3}, (None, 6)),
     ("EinsumDense", {"equation": "ab,bc->ac", "output_shape": 5}, FEATURES),
     ("EinsumDense", {"equation": "abc,cd->abd", "output_shape": [10, 5]}, SEQUENCE),
-    # Not on an image: Keras 3.15.1 declares two elided axes in the wrong order.
+    # On an image, see test_einsum_knows_more_than_keras_declares.
     ("EinsumDense", {"equation": "...x,xy->...y", "output_shape": 5}, FEATURES),
     ("EinsumDense", {"equation": "abc...,bd->adc...", "output_shape": [2, 9]}, IMAGE),
     ("Conv1D", {"filters": 8, "kernel_size": 3, "padding": "causal", "dilation_rate": 2}, SEQUENCE),
@@ -300,6 +300,18 @@ def test_attention_has_keras_shapes(keras: Any, dialect: int) -> None:
     ]
     model = keras.Model([query, value, image], outputs)
     assert inferred(model, dialect) == actual(keras, model)
+
+
+@pytest.mark.parametrize("dialect", [2, 3])
+def test_einsum_knows_more_than_keras_declares(keras: Any, dialect: int) -> None:
+    """Keras leaves open what `output_shape` leaves open, and turns the axes of "..." around: the result decides."""
+    image = keras.Input((12, 9, 4))
+    left = keras.layers.EinsumDense("...x,xy->...y", output_shape=5)(image)
+    right = keras.layers.EinsumDense("abcd,de->abce", output_shape=(None, 9, 5))(image)
+    model = keras.Model(image, [left, right])
+    assert actual(keras, model)[1:] == [[(None, 9, 12, 5)], [(None, None, 9, 5)]]
+    assert [tuple(output.shape) for output in model(keras.ops.zeros((1, 12, 9, 4)))] == [(1, 12, 9, 5)] * 2
+    assert inferred(model, dialect)[1:] == [[(None, 12, 9, 5)]] * 2
 
 
 @pytest.mark.parametrize("dialect", [2, 3])
