@@ -7,10 +7,9 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from kmerge.engine import merge_tensors
 from kmerge.errors import MergeError, OutputError, PlanError, UnrelatedError
 from kmerge.graph import layer_order
 from kmerge.layout import Layout, lay_out
+from kmerge.output import create_output
 from kmerge.plan import Plan, Role, SourceFacts, is_there, read_plan
 from kmerge.planning import check_plan, make_plan, source_facts
 from kmerge.progress import Progress, silent
@@ -30,7 +30,7 @@ from kmerge.report.inspection import Inspection, inspect_source, old_hard_sigmoi
 from kmerge.rules import Rules, unique_labels
 from kmerge.similarity import Ancestry, ancestry, flat_cosines, layer_cosines
 from kmerge.source import Source, open_source, stem
-from kmerge.store import Kind, create_archive, create_hdf5, identify
+from kmerge.store import Kind, identify
 from kmerge.store.target import check_target, copy_file
 from kmerge.surgery import Merged, merge_graphs
 from kmerge.version import __version__
@@ -597,7 +597,7 @@ def _write(job: _Job, target: Path, work: _Workspace, force: bool, progress: Pro
     def stored() -> dict[str, Any]:
         return finished.stored()
 
-    with _create(job.assembly, target, force, stored) as output:
+    with create_output(job.assembly, target, force, stored) as output:
         digests = merge_tensors(job.sources, job.assembly.targets, output, job.plan.weights, progress)
         facts = tuple(replace(facts, digest=digest) for facts, digest in zip(job.plan.sources, digests, strict=True))
         finished = replace(job, plan=replace(job.plan, sources=facts), notes=job.notes + _changed(facts, known))
@@ -652,30 +652,3 @@ def _check_target(job: _Job, target: Path) -> None:
         raise OutputError(
             f"Without a graph, .h5 files can only be merged into .h5: '{target.name}' is named otherwise."
         )
-
-
-@contextmanager
-def _create(assembly: Assembly, target: Path, force: bool, stored: Callable[[], dict[str, Any]]) -> Iterator[Any]:
-    if assembly.kind in (Kind.KERAS, Kind.FOLDER):
-        version = assembly.version
-
-        def metadata() -> dict[str, Any]:
-            saved = datetime.now().strftime("%Y-%m-%d@%H:%M:%S")
-            return {"keras_version": version, "date_saved": saved, "kmerge": stored()}
-
-        folder = assembly.kind is Kind.FOLDER and target.suffix != ".keras"
-        with create_archive(
-            target,
-            metadata=metadata,
-            config=assembly.config or {},
-            layout=assembly.layout,
-            assets=assembly.assets,
-            folder=folder,
-            overwrite=force,
-        ) as output:
-            yield output
-    else:
-        with create_hdf5(
-            target, assembly.layout, overwrite=force, closing=lambda: {"kmerge": json.dumps(stored())}
-        ) as output:
-            yield output

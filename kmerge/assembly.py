@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kmerge.dialects.reading import Dialect
@@ -12,6 +12,7 @@ from kmerge.dialects.vocabulary import WeightKind, stored_class
 from kmerge.dialects.writing import parse_version, write_model
 from kmerge.engine import Target
 from kmerge.graph import layer_order
+from kmerge.methods.registry import Array
 from kmerge.plan import Plan
 from kmerge.source import Source, State, Weight
 from kmerge.store import Asset, Kind, Layout, TensorSpec
@@ -39,15 +40,26 @@ class Assembly:
     """Keras version that the file says it was written by: that of the first source."""
 
 
-def assemble(merged: Merged, sources: Sequence[Source]) -> Assembly:
-    """The file of a merged graph, in the format and dialect of the first source."""
+Values = Mapping[tuple[int, int], Array]
+"""Weights found otherwise than by merging the sources' own: by the layer's number in the merged graph and the weight's
+place among those of the layer's first member."""
+
+
+def assemble(merged: Merged, sources: Sequence[Source], values: Values | None = None) -> Assembly:
+    """The file of a merged graph, in the format and dialect of the first source.
+
+    Args:
+        merged: the graph.
+        sources: that it was made from.
+        values: weights to write as they are, of whatever shape.
+    """
     first = sources[0]
     dialect = first.dialect or Dialect.KERAS3
     config = write_model(merged.graph, dialect, first.version)
     if dialect is Dialect.KERAS3:
-        layout, targets, assets = _keras3(merged, sources)
+        layout, targets, assets = _keras3(merged, sources, values or {})
         return Assembly(first.kind, config, layout, targets, assets, first.version)
-    layout, targets = _h5(merged, sources, config)
+    layout, targets = _h5(merged, sources, config, values or {})
     return Assembly(Kind.H5, config, layout, targets, {}, first.version)
 
 
@@ -119,6 +131,7 @@ def _layer_targets(
     name: str,
     places: Sequence[tuple[Weight, str]],
     order: Sequence[int],
+    values: Sequence[Array | None],
 ) -> list[Target]:
     """Targets of one layer: its first member's weights in the given order, and the counterparts in the others."""
     states = _states(origin, sources)
@@ -127,7 +140,7 @@ def _layer_targets(
     for number, (weight, key) in enumerate(places):
         members = tuple((source, weights[number]) for (source, _), weights in zip(states, lists, strict=True))
         means = _means_at(lists, number) if weight.kind is WeightKind.VARIANCE else ()
-        targets.append(_target(key, name, origin, members, means))
+        targets.append(replace(_target(key, name, origin, members, means), values=values[number]))
     return targets
 
 
@@ -140,7 +153,9 @@ def _means_at(lists: Sequence[Sequence[Weight]], number: int) -> tuple[Weight, .
 # ---------------------------------------------------------------------------------------------------- Keras 3
 
 
-def _keras3(merged: Merged, sources: Sequence[Source]) -> tuple[Layout, tuple[Target, ...], dict[str, Asset]]:
+def _keras3(
+    merged: Merged, sources: Sequence[Source], values: Values
+) -> tuple[Layout, tuple[Target, ...], dict[str, Asset]]:
     """Keras 3's layout: `layers/<class>[_n]/...`, numbered in the order of `model.layers`."""
     named = any("name" in items for state in sources[0].states for items in state.groups.values())
     groups: dict[str, dict[str, Any]] = {"": {}}
@@ -163,10 +178,11 @@ def _keras3(merged: Merged, sources: Sequence[Source]) -> tuple[Layout, tuple[Ta
         inner["vars"] = {**inner.get("vars", {}), "name": layer.name} if named else dict(inner.get("vars", {}))
         groups |= {f"{path}/{local}".rstrip("/"): dict(items) for local, items in inner.items()}
         places = [(weight, f"{path}/{weight.key}") for weight in state.weights]
-        for weight, key in places:
-            tensors[key] = TensorSpec(weight.tensor.shape, weight.tensor.dtype, dict(weight.attributes))
+        known = [values.get((index, number)) for number in range(len(places))]
+        for (weight, key), value in zip(places, known, strict=True):
+            tensors[key] = _spec(weight, value)
         if origin.members:
-            targets += _layer_targets(origin, sources, layer.name, places, range(len(places)))
+            targets += _layer_targets(origin, sources, layer.name, places, range(len(places)), known)
         assets |= {f"assets/{path}/{local}": asset for local, asset in state.assets.items()}
     return Layout(groups, tensors), tuple(targets), assets
 
@@ -183,7 +199,14 @@ def _root_attributes(source: Source, config: Mapping[str, Any]) -> dict[str, Any
     return {**_writer(source), "model_config": json.dumps(config)}
 
 
-def _h5(merged: Merged, sources: Sequence[Source], config: Mapping[str, Any]) -> tuple[Layout, tuple[Target, ...]]:
+def _spec(weight: Weight, value: Array | None) -> TensorSpec:
+    shape = weight.tensor.shape if value is None else value.shape
+    return TensorSpec(shape, weight.tensor.dtype, dict(weight.attributes))
+
+
+def _h5(
+    merged: Merged, sources: Sequence[Source], config: Mapping[str, Any], values: Values
+) -> tuple[Layout, tuple[Target, ...]]:
     """The old layout: `model_weights/<layer>/<weight name>`, listed in the order of `model.layers`."""
     first = sources[0]
     graph = merged.graph
@@ -213,10 +236,11 @@ def _h5(merged: Merged, sources: Sequence[Source], config: Mapping[str, Any]) ->
             listed.append(name)
             path = f"model_weights/{layer.name}/{name}"
             places.append((weight, path))
-            tensors[path] = TensorSpec(weight.tensor.shape, weight.tensor.dtype, dict(weight.attributes))
+            tensors[path] = _spec(weight, values.get((index, number)))
         groups[f"model_weights/{layer.name}"] = {"weight_names": listed}
         if origin.members:
-            targets += _layer_targets(origin, sources, layer.name, places, weights)
+            known = [values.get((index, number)) for number in weights]
+            targets += _layer_targets(origin, sources, layer.name, places, weights, known)
     if first.dialect is not Dialect.KERAS2 or parse_version(first.version) >= (2, 6):
         groups["model_weights/top_level_model_weights"] = {"weight_names": []}
     return Layout(groups, tensors), tuple(targets)

@@ -7,7 +7,7 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
@@ -46,6 +46,7 @@ class Target:
         role: shared weights are merged, private ones copied.
         method, options: how.
         means: for a variance of BatchNormalization, the mean that belongs to it, per member.
+        values: what to write, where that was found otherwise; the members are then read for their digests alone.
     """
 
     key: str
@@ -55,6 +56,7 @@ class Target:
     method: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     means: tuple[Weight, ...] = ()
+    values: Array | None = None
 
     @property
     def weight(self) -> Weight:
@@ -122,6 +124,8 @@ def merge_tensors(
     share = np.asarray(weights, dtype=np.float64)
     labels = [source.label for source in sources]
     digests = Digests.of(sources)
+    _write_known(targets, output)
+    targets = [target if target.values is None else replace(target, key="") for target in targets]
     targets = [*targets, *_unread(sources, targets)]
     worker = _Worker(share, labels, output, digests, _places(sources), _units(targets))
     total = sum(weight.tensor.nbytes for source in sources for state in source.states for weight in state.weights)
@@ -151,6 +155,14 @@ class _Unit:
     stop: int
     step: int
     """Entries that are merged at a time: leaves, or even parts of one."""
+
+
+def _write_known(targets: Iterable[Target], output: Output) -> None:
+    """Write what needs no merging."""
+    for target in targets:
+        if target.values is not None:
+            stored = numpy_dtype(target.weight.tensor.dtype)
+            output.write(target.key, 0, np.ascontiguousarray(target.values, dtype=stored).reshape(-1))
 
 
 def _unread(sources: Sequence[Source], targets: Sequence[Target]) -> list[Target]:

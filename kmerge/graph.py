@@ -213,11 +213,16 @@ def layer_order(graph: Graph) -> list[int]:
     return sorted(layer_depth, key=lambda layer: (-layer_depth[layer], places[layer]))
 
 
-def sort_calls(graph: Graph) -> Graph:
-    """The same network with its calls in topological order; calls that reach no output and are no input are dropped."""
+def call_order(graph: Graph) -> list[int]:
+    """Calls in topological order, without those that reach no output and are no input."""
     order, _ = traversal(graph)
     reached = set(order)
-    order += [ref.call for ref in refs(graph.inputs) if ref.call not in reached]
+    return order + [ref.call for ref in refs(graph.inputs) if ref.call not in reached]
+
+
+def sort_calls(graph: Graph) -> Graph:
+    """The same network with its calls in the order of `call_order`."""
+    order = call_order(graph)
     place = {call: index for index, call in enumerate(order)}
 
     def move(ref: Ref) -> Ref:

@@ -14,7 +14,19 @@ from typing import Any
 from kmerge.dialects.reading import Dialect
 from kmerge.dialects.writing import knows_dictionaries
 from kmerge.errors import PlanError
-from kmerge.graph import Call, Graph, Layer, Ref, Structure, canonical, flatten, refs, sort_calls, substitute
+from kmerge.graph import (
+    Call,
+    Graph,
+    Layer,
+    Ref,
+    Structure,
+    call_order,
+    canonical,
+    flatten,
+    refs,
+    sort_calls,
+    substitute,
+)
 from kmerge.layout import Layout, is_plain, source_graph
 from kmerge.plan import Plan, Role
 from kmerge.shapes import infer_shapes
@@ -45,6 +57,8 @@ class Merged:
     layers: tuple[MergedLayer, ...]
     heads: dict[str, tuple[str, ...]]
     """Names of each source's outputs in the merged model, by label; one name for all where the sources became one."""
+    calls: tuple[tuple[tuple[int, int], ...], ...] = ()
+    """Per call of the graph, the calls of the sources that it stands for: (source, call) numbers."""
 
 
 _Key = tuple[Any, ...]
@@ -69,6 +83,7 @@ class _Surgeon:
         self.calls: list[Call] = []
         self.layers: list[Layer] = []
         self.origins: list[MergedLayer] = []
+        self.stands_for: list[list[tuple[int, int]]] = []
         self.keys: dict[_Key, int] = {}
         self.known: dict[str, int] = {}
         self.planned = plan.of_first
@@ -79,6 +94,7 @@ class _Surgeon:
         inputs = self._inputs([inputs for inputs, _ in made])
         outputs, heads = self._outputs([outputs for _, outputs in made])
         graph = self._named(Graph(source_graph(self.layout.first).name, (), tuple(self.calls), inputs, outputs), heads)
+        stands_for = tuple(tuple(self.stands_for[call]) for call in call_order(graph))
         graph = sort_calls(graph)
         # What reaches no output is left out: a source of weight 0 under an average.
         kept = sorted({call.layer for call in graph.calls})
@@ -86,7 +102,7 @@ class _Surgeon:
         calls = tuple(Call(place[call.layer], call.arguments) for call in graph.calls)
         graph = replace(graph, layers=tuple(graph.layers[layer] for layer in kept), calls=calls)
         origins = tuple(self.origins[layer] for layer in kept)
-        return Merged(_with_shapes(graph), origins, {label: tuple(names) for label, names in heads.items()})
+        return Merged(_with_shapes(graph), origins, {label: tuple(names) for label, names in heads.items()}, stands_for)
 
     def _add_source(self, number: int) -> tuple[Structure, Structure]:
         """Adds the calls of one source; returns its inputs and outputs in the merged graph."""
@@ -105,6 +121,7 @@ class _Surgeon:
             if shared and not graph.layers[call.layer].is_input and is_plain(source, call.layer):
                 shared = all(self._is_shared(ref) for ref in refs(arguments))
             moved[index] = self._call(self._layer(number, call.layer, place if shared else None), arguments)
+            self.stands_for[moved[index]].append((number, index))
         return substitute(graph.inputs, move), substitute(graph.outputs, move)
 
     def _is_shared(self, ref: Ref) -> bool:
@@ -134,6 +151,7 @@ class _Surgeon:
         if key not in self.known:
             self.known[key] = len(self.calls)
             self.calls.append(Call(layer, arguments))
+            self.stands_for.append([])
         return self.known[key]
 
     def _add_layer(self, layer: Layer, arguments: Any) -> Ref:
