@@ -1,0 +1,267 @@
+"""A network of live Keras layers, run call by call, and what it gives on many batches."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kmerge import live
+from kmerge.assembly import Values, assemble
+from kmerge.engine import merge_tensors
+from kmerge.errors import MergeError
+from kmerge.graph import Ref, flatten, refs
+from kmerge.methods.registry import Array
+from kmerge.output import create_output
+from kmerge.source import Source
+from kmerge.store import Kind
+from kmerge.surgery import Merged
+
+BEFORE = -1
+"""Number of the output that stands for a layer's result before its own activation function."""
+_SPLIT = frozenset(
+    {
+        "Dense",
+        "EinsumDense",
+        *(f"{kind}Conv{rank}D" for kind in ("", "Depthwise", "Separable") for rank in (1, 2, 3)),
+        *(f"Conv{rank}DTranspose" for rank in (1, 2, 3)),
+    }
+)
+"""Classes whose activation function is run apart from them."""
+
+
+def before(ref: Ref) -> Ref:
+    """The tensor before the activation function of the layer that makes it."""
+    return Ref(ref.call, BEFORE)
+
+
+@dataclass(eq=False)
+class Network:
+    """A merged graph with its live layers.
+
+    Attributes:
+        merged: the graph.
+        layers: live layers and operations, in the order of the graph's layers.
+    """
+
+    merged: Merged
+    layers: tuple[Any, ...]
+    _nodes: tuple[Any, ...] = ()
+    _ids: dict[int, Ref] = field(default_factory=dict)
+    _activations: dict[int, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        graph = self.merged.graph
+        nodes = []
+        for number, call in enumerate(graph.calls):
+            place = graph.calls_of(call.layer).index(number)
+            node = self.layers[call.layer]._inbound_nodes[place]
+            nodes.append(node)
+            self._ids |= {id(tensor): Ref(number, output) for output, tensor in enumerate(node.outputs)}
+        self._nodes = tuple(nodes)
+        linear = _keras().activations.linear
+        for number, (layer, live_layer) in enumerate(zip(graph.layers, self.layers, strict=True)):
+            activation = getattr(live_layer, "activation", None)
+            if layer.class_name in _SPLIT and activation is not None and activation is not linear:
+                self._activations[number] = activation
+                live_layer.activation = linear
+
+    @property
+    def inputs(self) -> list[Ref]:
+        return [Ref(ref.call, ref.output) for ref in flatten(self.merged.graph.inputs)]
+
+    def needed(self, wanted: Iterable[Ref], known: Collection[Ref]) -> list[int]:
+        """Calls to run for some tensors, where some are known, in order."""
+        graph = self.merged.graph
+        waiting = [ref.call for ref in wanted if ref not in known]
+        seen: set[int] = set()
+        while waiting:
+            call = waiting.pop()
+            if call not in seen:
+                seen.add(call)
+                waiting += [
+                    ref.call for ref in refs(graph.calls[call].arguments) if Ref(ref.call, ref.output) not in known
+                ]
+        return sorted(seen)
+
+    def frontier(self, values: Mapping[Ref, Any], wanted: Collection[Ref]) -> dict[Ref, Any]:
+        """Those of the known tensors that are wanted themselves, or that wanted ones are made from."""
+        graph = self.merged.graph
+        read = {
+            Ref(ref.call, ref.output)
+            for call in self.needed(wanted, values)
+            for ref in refs(graph.calls[call].arguments)
+        }
+        return {ref: value for ref, value in values.items() if ref in wanted or ref in read}
+
+    def run(self, values: dict[Ref, Any], wanted: Iterable[Ref]) -> None:
+        """Add the wanted tensors, and what they are made from, to the known ones."""
+        graph = self.merged.graph
+        for call in self.needed(wanted, values):
+            layer = graph.calls[call].layer
+            if graph.layers[layer].is_input:
+                continue
+            found = _Filled(values, self._ids)
+            args, kwargs = self._nodes[call].arguments.fill_in(found)
+            own = self.layers[layer]
+            if getattr(own, "_call_has_training_arg", False) and kwargs.get("training") is None:
+                kwargs["training"] = False
+            outputs = own(*args, **kwargs)
+            if layer in self._activations:
+                values[Ref(call, BEFORE)] = outputs
+                mask = getattr(outputs, "_keras_mask", None)
+                outputs = self._activations[layer](outputs)
+                if mask is not None:
+                    outputs._keras_mask = mask
+            flat = _keras().tree.flatten(outputs)
+            for number, tensor in enumerate(flat):
+                values[Ref(call, number)] = tensor
+
+    def target(self, call: int) -> Ref:
+        """What a call gives before its own activation function."""
+        return Ref(call, BEFORE if self.merged.graph.calls[call].layer in self._activations else 0)
+
+    def variable(self, layer: int, key: str, place: int) -> Any:
+        """The live variable of a weight.
+
+        Args:
+            layer: number of the layer.
+            key: of the weight within its layer, as the file has it.
+            place: of the weight among those of its layer.
+        """
+        own = self.layers[layer]
+        parts = key.split("/")
+        if "vars" not in parts:
+            own.trainable = True
+            return [*own.trainable_weights, *own.non_trainable_weights][place]
+        for part in parts[: parts.index("vars")]:
+            own = own[int(part)] if part.isdigit() else getattr(own, part)
+        return [*own._trainable_variables, *own._non_trainable_variables][int(parts[-1])]
+
+    def activation(self, layer: int) -> Any:
+        """The activation function that was split off a layer; None without one."""
+        return self._activations.get(layer)
+
+
+class _Filled(dict[int, Any]):
+    """Values by the identity of Keras's symbolic tensors."""
+
+    def __init__(self, values: Mapping[Ref, Any], ids: Mapping[int, Ref]) -> None:
+        self._values, self._known = values, ids
+
+    def __getitem__(self, key: int) -> Any:
+        return self._values[self._known[key]]
+
+    def get(self, key: int, default: Any = None) -> Any:
+        return self._values[self._known[key]]
+
+
+def open_network(
+    merged: Merged,
+    sources: Sequence[Source],
+    values: Values | None,
+    folder: Path,
+    name: str,
+    custom_objects: Mapping[str, Any] | None = None,
+    trusted: bool = False,
+) -> Network:
+    """A merged graph, live.
+
+    Args:
+        merged: the graph.
+        sources: that it was made from.
+        values: weights that are not merged.
+        folder: for a temporary file.
+        name: of that file.
+        custom_objects: classes of custom layers.
+        trusted: whether all sources are the caller's own live models.
+
+    Raises:
+        MergeError: if Keras does not open it.
+    """
+    assembly = assemble(merged, sources, values)
+    suffix = ".keras" if assembly.kind in (Kind.KERAS, Kind.FOLDER) else ".h5"
+    path = folder / f"{name}{suffix}"
+    share = [1.0] + [0.0] * (len(sources) - 1)
+    with create_output(assembly, path, True, dict) as output:
+        merge_tensors(sources, assembly.targets, output, share)
+    model = live.load_model(path, "the models that are to be merged", custom_objects, trusted)
+    path.unlink()
+    by_name = {operation.name: operation for operation in model.operations}
+    try:
+        layers = tuple(by_name[layer.name] for layer in merged.graph.layers)
+    except KeyError as error:
+        raise MergeError(f"Keras opens the models under other names: layer {error} is missing.") from error
+    return Network(merged, layers)
+
+
+def _keras() -> Any:
+    import keras
+
+    return keras
+
+
+@dataclass(eq=False)
+class Tape:
+    """Values of a network on all batches of inputs, kept as far as memory allows and run again where it does not.
+
+    Attributes:
+        network: that is run.
+        batches: inputs, batch by batch.
+        budget: bytes that may be kept between two passes.
+    """
+
+    network: Network
+    batches: Sequence[tuple[Array, ...]]
+    budget: int
+    _kept: list[dict[Ref, Any]] = field(default_factory=list)
+    _size: int = 0
+
+    def __post_init__(self) -> None:
+        self._kept = [{} for _ in self.batches]
+
+    def passes(self, wanted: Sequence[Ref], remaining: Collection[Ref]) -> Iterator[dict[Ref, Any]]:
+        """Tensors of each batch.
+
+        Args:
+            wanted: which.
+            remaining: what later passes will want: what it is made from is kept as far as there is memory.
+        """
+        for number, batch in enumerate(self.batches):
+            values = self._kept[number]
+            self._size -= _bytes(values)
+            self._kept[number] = {}
+            if not values or self._reaches_input(wanted, values):
+                values |= dict(zip(self.network.inputs, map(_tensor, batch), strict=True))
+            self.network.run(values, wanted)
+            yield values
+            kept = self.network.frontier(values, remaining)
+            size = _bytes(kept)
+            if self._size + size <= self.budget:
+                self._size += size
+                self._kept[number] = kept
+
+    def _reaches_input(self, wanted: Sequence[Ref], values: Mapping[Ref, Any]) -> bool:
+        graph = self.network.merged.graph
+        return any(graph.layers[graph.calls[call].layer].is_input for call in self.network.needed(wanted, values))
+
+    def forget(self) -> None:
+        """Let go of everything."""
+        self._kept = [{} for _ in self.batches]
+        self._size = 0
+
+
+def _tensor(array: Array) -> Any:
+    return _keras().ops.convert_to_tensor(array)
+
+
+def to_numpy(value: Any) -> Array:
+    """A tensor of any backend as an array."""
+    return np.asarray(_keras().ops.convert_to_numpy(value))
+
+
+def _bytes(values: Mapping[Ref, Any]) -> int:
+    return sum(int(np.prod(value.shape, dtype=np.int64)) * 4 for value in values.values())

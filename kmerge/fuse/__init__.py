@@ -1,0 +1,1 @@
+"""Function space: one trunk from networks that were trained apart, fitted to what they compute."""

@@ -1,0 +1,202 @@
+"""Merge and unmerge: which unit of the merged network is made of which units of the sources, and weights brought there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from kmerge.methods.registry import Array
+from kmerge.source import Source
+from kmerge.spaces import AxisUse, Space
+from kmerge.spaces.units import Labels
+
+Place = tuple[int, int, int]
+"""A weight of a source: (source, layer, weight) numbers."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """How the units of one space become those of the merged network.
+
+    Attributes:
+        merge: shape (sources, units, merged units): a merged unit is the sum of all sources' units times this.
+        unmerge: shape (sources, merged units, units): what stands for a source's unit among the merged ones.
+    """
+
+    merge: Array
+    unmerge: Array
+
+    @property
+    def size(self) -> int:
+        return int(self.merge.shape[2])
+
+
+def by_position(sources: int, size: int, shares: Sequence[float]) -> Pair:
+    """Units that mean the same at the same place in every source."""
+    eye = np.eye(size)
+    return Pair(np.stack([share * eye for share in shares]), np.stack([eye] * sources))
+
+
+def from_first(sources: int, size: int, chosen: int = 0) -> Pair:
+    """Units of one source alone."""
+    merge = np.zeros((sources, size, size))
+    merge[chosen] = np.eye(size)
+    return Pair(merge, np.stack([np.eye(size)] * sources))
+
+
+@dataclass(frozen=True, eq=False)
+class Axis:
+    """One axis of a weight, with the units on it.
+
+    Attributes:
+        length: of the axis in the merged network.
+        merge: whether units are made there; else they are read.
+        blocks: (space, places of each unit in the source, places of each merged unit in the merged network).
+        kept: (places, merged places) where no units stand.
+    """
+
+    length: int
+    merge: bool
+    blocks: tuple[tuple[int, Labels, Labels], ...]
+    kept: tuple[Labels, Labels]
+
+    def matrix(self, pairs: Sequence[Pair], source: int, old: int, share: float) -> Array:
+        """What takes this axis from a source to the merged network, shape (old, length).
+
+        Args:
+            pairs: per space.
+            source: its number.
+            old: length in the source.
+            share: of the source in what has no units.
+        """
+        result = np.zeros((old, self.length))
+        result[self.kept[0], self.kept[1]] = share if self.merge else 1.0
+        for space, places, merged in self.blocks:
+            values = pairs[space].merge[source] if self.merge else pairs[space].unmerge[source].T
+            for copy in range(places.shape[1]):
+                result[np.ix_(places[:, copy], merged[:, copy])] = values
+        return result
+
+
+def arranged(places: Sequence[Labels], sizes: Sequence[int], length: int) -> tuple[int, list[Labels], Labels, Labels] | None:
+    """Where units stand on an axis when spaces change their sizes.
+
+    Args:
+        places: per space, positions of each unit, shape (units, copies).
+        sizes: per space, how many units it is to have.
+        length: of the axis now.
+
+    Returns:
+        The new length, new positions per space, and positions without units, old and new; None where units of a space
+        that is to change stand in no simple order.
+    """
+    segments: list[tuple[int, int, int, int]] = []  # start, length, space, copy (-1: all copies of a unit in a row)
+    for number, (own, size) in enumerate(zip(places, sizes, strict=True)):
+        units, copies = own.shape
+        if np.array_equal(own, own[:1] + np.arange(units)[:, None]):
+            segments += [(int(own[0, copy]), units, number, copy) for copy in range(copies)]
+        elif np.array_equal(own.ravel(), own[0, 0] + np.arange(own.size)):
+            segments.append((int(own[0, 0]), own.size, number, -1))
+        elif size != units:
+            return None
+        else:
+            segments += [(int(place), 1, number, -2) for place in own.ravel()]
+    new = [np.zeros((size, own.shape[1]), dtype=np.int64) for own, size in zip(places, sizes, strict=True)]
+    segments.sort()
+    kept_old: list[int] = []
+    kept_new: list[int] = []
+    at = end = 0
+    single = {(number, int(place)): index for number, own in enumerate(places) for index, place in np.ndenumerate(own)}
+    for start, width, number, copy in [*segments, (length, 0, -1, 0)]:
+        kept_old += range(end, start)
+        kept_new += range(at, at + start - end)
+        at += start - end
+        end = start + width
+        if number < 0:
+            break
+        size = sizes[number]
+        if copy >= 0:
+            new[number][:, copy] = at + np.arange(size)
+            at += size
+        elif copy == -1:
+            new[number][:] = (at + np.arange(new[number].size)).reshape(new[number].shape)
+            at += new[number].size
+        else:
+            new[number][single[number, start]] = at
+            at += 1
+    return at, new, np.array(kept_old, dtype=np.int64), np.array(kept_new, dtype=np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """All spaces of a merge, with what stands on each axis of each weight.
+
+    Attributes:
+        sources: opened.
+        spaces: of all sources together.
+        sizes: units of each space in the merged network.
+    """
+
+    sources: tuple[Source, ...]
+    spaces: tuple[Space, ...]
+    sizes: tuple[int, ...]
+
+    @cached_property
+    def uses(self) -> Mapping[Place, Mapping[int, tuple[tuple[int, AxisUse], ...]]]:
+        """Per weight and axis, the spaces that stand on the whole of it; parts of weights are left out."""
+        found: dict[Place, dict[int, list[tuple[int, AxisUse]]]] = {}
+        for number, space in enumerate(self.spaces):
+            for use in space.axes:
+                if not use.part:
+                    axes = found.setdefault((use.source, use.layer, use.weight), {})
+                    axes.setdefault(use.axis, []).append((number, use))
+        return {place: {axis: tuple(row) for axis, row in axes.items()} for place, axes in found.items()}
+
+    def shape(self, place: Place) -> tuple[int, ...]:
+        source, layer, weight = place
+        return tuple(self.sources[source].states[layer].weights[weight].tensor.shape)
+
+    def axis(self, place: Place, axis: int) -> Axis | None:
+        """What stands on an axis; None where it has no units.
+
+        Raises:
+            ValueError: if units stand on it in no order that another size could have.
+        """
+        uses = self.uses.get(place, {}).get(axis)
+        if not uses:
+            return None
+        length = self.shape(place)[axis]
+        found = arranged([use.places for _, use in uses], [self.sizes[number] for number, _ in uses], length)
+        if found is None:
+            raise ValueError(f"units on axis {axis} stand in no order that another size could have")
+        total, new, kept_old, kept_new = found
+        blocks = tuple((number, use.places, places) for (number, use), places in zip(uses, new, strict=True))
+        return Axis(total, uses[0][1].role == "output", blocks, (kept_old, kept_new))
+
+    def merged_weight(self, pairs: Sequence[Pair], places: Sequence[Place], shares: Sequence[float]) -> Array:
+        """One weight of all its sources in the merged network, float64.
+
+        Args:
+            pairs: per space.
+            places: the weight in each source that has it; one for a private layer.
+            shares: importance of these sources where nothing else tells it, sums to 1.
+        """
+        result: Array | None = None
+        for place, share in zip(places, shares, strict=True):
+            source, layer, weight = place
+            values = self.sources[source].states[layer].weights[weight].tensor.read().astype(np.float64)
+            axes = {axis: found for axis in range(values.ndim) if (found := self.axis(place, axis)) is not None}
+            for axis, found in axes.items():
+                matrix = found.matrix(pairs, source, values.shape[axis], share)
+                if len(places) == 1 and found.merge:  # private: what it makes of merged units, but of its own alone
+                    total = matrix.sum(axis=0)
+                    matrix = matrix / np.where(total > 0, total, 1.0)
+                values = np.moveaxis(np.tensordot(values, matrix, axes=(axis, 0)), -1, axis)
+            if not any(found.merge for found in axes.values()):
+                values = share * values
+            result = values if result is None else result + values
+        assert result is not None
+        return result

@@ -1,0 +1,252 @@
+"""Ridge regression drawn towards a first guess, its strength chosen on held-back rows.
+
+Rows are summed up as they come: least squares need no more than products of columns with columns. Only where there are
+fewer rows than columns are the rows kept instead, and the same solution is found among them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from kmerge.methods.registry import Array
+
+STRENGTHS = 10.0 ** np.arange(-7, 3)
+"""Ridge strengths that are tried, in shares of the mean variance of the inputs."""
+_FEW = STRENGTHS[1::2]
+"""Those that are tried where every one takes a factorisation."""
+_WIDE = 1024
+"""Columns from which eigenvalues take longer than a few factorisations."""
+
+
+@dataclass(eq=False)
+class Sums:
+    """Sums over rows: all that least squares need.
+
+    Attributes:
+        count: number of rows.
+        x, y: sums of inputs (p,) and targets (q,).
+        xx, xy, yy: sums of their products, (p, p), (p, q) and of squared targets.
+    """
+
+    x: Array
+    y: Array
+    xx: Array
+    xy: Array
+    yy: float = 0.0
+    count: int = 0
+
+    @classmethod
+    def empty(cls, width: int, outputs: int) -> Sums:
+        return cls(np.zeros(width), np.zeros(outputs), np.zeros((width, width)), np.zeros((width, outputs)))
+
+    def add(self, inputs: Array, targets: Array) -> None:
+        self.count += len(inputs)
+        self.x += inputs.sum(axis=0)
+        self.y += targets.sum(axis=0)
+        self.xx += inputs.T @ inputs
+        self.xy += inputs.T @ targets
+        self.yy += float(np.einsum("ij,ij->", targets, targets))
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(
+            self.x + other.x,
+            self.y + other.y,
+            self.xx + other.xx,
+            self.xy + other.xy,
+            self.yy + other.yy,
+            self.count + other.count,
+        )
+
+    def loss(self, kernel: Array, offset: Array) -> float:
+        """Sum of squared errors of `inputs @ kernel + offset`."""
+        error = self.yy + np.einsum("ij,ij->", kernel, self.xx @ kernel - 2 * self.xy)
+        return float(error + offset @ (self.count * offset - 2 * self.y + 2 * (self.x @ kernel)))
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What least squares found.
+
+    Attributes:
+        kernel, offset: shapes (p, q) and (q,).
+        strength: of the ridge, in shares of the mean variance of the inputs.
+        explained: share of the targets' variance on the held-back rows.
+    """
+
+    kernel: Array
+    offset: Array
+    strength: float
+    explained: float
+
+
+@dataclass(eq=False)
+class Regression:
+    """Rows to fit and rows that are held back.
+
+    Attributes:
+        width: columns of the inputs, p.
+        outputs: columns of the targets, q.
+    """
+
+    width: int
+    outputs: int
+    _kept: list[tuple[Array, Array, Array]] = field(default_factory=list)
+    _rows: int = 0
+    _sums: tuple[Sums, Sums] | None = None
+
+    def add(self, inputs: Array, targets: Array, held: Array) -> None:
+        """Add rows.
+
+        Args:
+            inputs: shape (rows, p).
+            targets: shape (rows, q).
+            held: which rows are held back, shape (rows,), bool.
+        """
+        self._rows += len(inputs)
+        if self._sums is None:
+            self._kept.append((inputs, targets, held))
+            if self._rows <= self.width:
+                return
+            self._sums = (Sums.empty(self.width, self.outputs), Sums.empty(self.width, self.outputs))
+            waiting, self._kept = self._kept, []
+        else:
+            waiting = [(inputs, targets, held)]
+        for x, y, away in waiting:
+            x, y = x.astype(np.float64), y.astype(np.float64)
+            self._sums[0].add(x[~away], y[~away])
+            self._sums[1].add(x[away], y[away])
+
+    def solve(self, guess: Array, intercept: bool) -> Solution:
+        """The kernel with the least error on held-back rows, fitted again to all rows.
+
+        Args:
+            guess: kernel towards which the solution is drawn, shape (p, q).
+            intercept: whether there is an offset.
+        """
+        return self._among_rows(guess, intercept) if self._sums is None else self._from_sums(guess, intercept)
+
+    # ---- more rows than columns
+
+    def _from_sums(self, guess: Array, intercept: bool) -> Solution:
+        assert self._sums is not None
+        train, held = self._sums
+        if not held.count:
+            held = train
+        wide = self.width > _WIDE
+        path = _Factorised(train, guess, intercept) if wide else _Decomposed(train, guess, intercept)
+        best, least = float(STRENGTHS[-1]), np.inf
+        for strength in _FEW if wide else STRENGTHS:
+            kernel = path.kernel(strength)
+            loss = held.loss(kernel, _offset(train, kernel, intercept))
+            if loss < least:
+                best, least = float(strength), loss
+        whole = train + self._sums[1]
+        path = _Factorised(whole, guess, intercept) if wide else _Decomposed(whole, guess, intercept)
+        kernel = path.kernel(best)
+        spread = held.yy - float(held.y @ held.y) / held.count
+        return Solution(kernel, _offset(whole, kernel, intercept), best, _explained(least, spread))
+
+    # ---- fewer rows than columns
+
+    def _among_rows(self, guess: Array, intercept: bool) -> Solution:
+        if not self._rows:
+            zero = np.zeros(self.outputs)
+            return Solution(guess, zero, float(STRENGTHS[-1]), 0.0)
+        inputs = np.concatenate([x for x, _, _ in self._kept]).astype(np.float64)
+        targets = np.concatenate([y for _, y, _ in self._kept]).astype(np.float64)
+        away = np.concatenate([held for _, _, held in self._kept])
+        if away.all() or not away.any():
+            away = np.arange(len(away)) % 5 == 4
+        rest = targets - inputs @ guess
+        train, held = ~away, away
+        best, least = float(STRENGTHS[-1]), np.inf
+        if held.any() and train.any():
+            products, own, middle, scale = _dual(inputs[train], rest[train], intercept)
+            across = (inputs[held] - middle[0]) @ (inputs[train] - middle[0]).T
+            for strength in STRENGTHS:
+                found = across @ own[1] @ (products / (own[0] + strength * scale)[:, None]) + middle[1]
+                loss = float(np.sum((rest[held] - found) ** 2))
+                if loss < least:
+                    best, least = float(strength), loss
+        products, own, middle, scale = _dual(inputs, rest, intercept)
+        change = (inputs - middle[0]).T @ (own[1] @ (products / (own[0] + best * scale)[:, None]))
+        kernel = guess + change
+        made = inputs @ kernel
+        offset = np.asarray((targets - made).mean(axis=0)) if intercept else np.zeros(self.outputs)
+        spread = float(np.sum((targets[held] - targets[held].mean(axis=0)) ** 2)) if held.any() else 0.0
+        return Solution(kernel, offset, best, _explained(least, spread))
+
+    def moments(self, kernel: Array, columns: slice) -> tuple[Array, Array]:
+        """Mean and variance of `inputs[:, columns] @ kernel` over all rows, shape (q,) each."""
+        if self._sums is None:
+            made = np.concatenate([x for x, _, _ in self._kept])[:, columns] @ kernel
+            return made.mean(axis=0), made.var(axis=0)
+        whole = self._sums[0] + self._sums[1]
+        mean = whole.x[columns] @ kernel / whole.count
+        square = np.einsum("pq,pq->q", kernel, whole.xx[columns, columns] @ kernel) / whole.count
+        return mean, np.maximum(square - mean**2, 0)
+
+
+class _Decomposed:
+    """Kernels of all strengths from one eigenvalue decomposition."""
+
+    def __init__(self, sums: Sums, guess: Array, intercept: bool) -> None:
+        xx, xy = _centred(sums, intercept)
+        values, self.vectors = np.linalg.eigh(xx)
+        self.values = np.maximum(values, 0)
+        self.scale = max(float(self.values.mean()), 1e-12)
+        self.guess, self.rest = guess, self.vectors.T @ (xy - xx @ guess)
+
+    def kernel(self, strength: float) -> Array:
+        return np.asarray(self.guess + self.vectors @ (self.rest / (self.values + strength * self.scale)[:, None]))
+
+
+class _Factorised:
+    """Kernels by one Cholesky factorisation per strength."""
+
+    def __init__(self, sums: Sums, guess: Array, intercept: bool) -> None:
+        self.xx, xy = _centred(sums, intercept)
+        self.scale = max(float(np.trace(self.xx)) / len(self.xx), 1e-12)
+        self.guess, self.rest = guess, xy - self.xx @ guess
+
+    def kernel(self, strength: float) -> Array:
+        from scipy.linalg import cho_factor, cho_solve
+
+        shifted = self.xx + max(strength, 1e-9) * self.scale * np.eye(len(self.xx))
+        return np.asarray(self.guess + cho_solve(cho_factor(shifted, overwrite_a=True, check_finite=False), self.rest))
+
+
+def _centred(sums: Sums, intercept: bool) -> tuple[Array, Array]:
+    count = max(sums.count, 1)
+    xx, xy = sums.xx / count, sums.xy / count
+    if intercept:
+        mean = sums.x / count
+        xx = xx - np.outer(mean, mean)
+        xy = xy - np.outer(mean, sums.y / count)
+    return xx, xy
+
+
+def _offset(sums: Sums, kernel: Array, intercept: bool) -> Array:
+    if not intercept or not sums.count:
+        return np.zeros(len(sums.y))
+    return np.asarray((sums.y - sums.x @ kernel) / sums.count)
+
+
+def _dual(inputs: Array, targets: Array, intercept: bool) -> tuple[Array, tuple[Array, Array], tuple[Array, Array], float]:
+    """Products of rows with rows, decomposed: targets in it, (eigenvalues, vectors), (mean input, mean target), scale."""
+    middle = (
+        (inputs.mean(axis=0), targets.mean(axis=0))
+        if intercept
+        else (np.zeros(inputs.shape[1]), np.zeros(targets.shape[1]))
+    )
+    centred = inputs - middle[0]
+    values, vectors = np.linalg.eigh(centred @ centred.T)
+    values = np.maximum(values, 0)
+    scale = max(float(values.sum()) / inputs.shape[1], 1e-12)
+    return vectors.T @ (targets - middle[1]), (values, vectors), middle, scale
+
+
+def _explained(loss: float, spread: float) -> float:
+    return 1 - loss / spread if spread > 0 and np.isfinite(loss) else 1.0
