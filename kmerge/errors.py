@@ -3,6 +3,7 @@
     KmergeError                 anything kmerge raises on purpose
     ├── FormatError             a file is not what it should be, or is damaged
     │   └── UnsafeFileError     a file asks its reader for something no weights file needs
+    ├── DataError               calibration inputs do not fit the network, or none can be made up for it
     ├── GraphError              a configuration describes no network that kmerge can follow
     ├── LayoutError             layers that should be shared differ
     ├── PlanError               the rules of a merge contradict each other or the sources
@@ -26,6 +27,10 @@ class FormatError(KmergeError):
 
 class UnsafeFileError(FormatError):
     """A file asks its reader for something that no weights file needs."""
+
+
+class DataError(KmergeError):
+    """Calibration inputs do not fit the network, or none can be made up for it."""
 
 
 class GraphError(KmergeError):

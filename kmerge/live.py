@@ -95,7 +95,7 @@ def save_model(model: Any, folder: Path, name: str) -> Path:
         with quiet():
             model.save(path)
     except Exception as error:
-        raise FormatError(f"Keras cannot save the model '{model.name}': {_one_line(error)}.") from error
+        raise FormatError(f"Keras cannot save the model '{model.name}': {one_line(error)}.") from error
     return path
 
 
@@ -114,11 +114,21 @@ def load_model(path: Path, what: str, custom_objects: Mapping[str, Any] | None =
                 path, custom_objects=dict(custom_objects or {}), compile=False, safe_mode=not trusted
             )
     except Exception as error:
-        raise MergeError(f"Keras {keras.__version__} cannot open {what}: {_one_line(error)}.") from error
+        raise MergeError(f"Keras {keras.__version__} cannot open {what}: {one_line(error)}.") from error
 
 
-def check_runs_no_code(model: Mapping[str, Any] | None, name: str) -> None:
+_WITHOUT_KERAS = (
+    "Merge file to file in the sources' own format (kmerge combine, output with the same suffix), or replace the layer."
+)
+
+
+def check_runs_no_code(model: Mapping[str, Any] | None, name: str, way_out: str = _WITHOUT_KERAS) -> None:
     """Refuse a configuration that would run code of its own.
+
+    Args:
+        model: configuration as stored; None for weights only.
+        name: of the file, for the message.
+        way_out: what to do instead, for the message.
 
     Raises:
         FormatError: naming the layer.
@@ -127,10 +137,7 @@ def check_runs_no_code(model: Mapping[str, Any] | None, name: str) -> None:
         if class_name in RUNS_CODE:
             raise FormatError(
                 f"'{name}' has a {class_name} layer '{layer}', which holds code: kmerge never runs code from a "
-                "file, and Keras "
-                "would have to. Merge file to file in the sources' own format (kmerge combine, output with the "
-                "same suffix), "
-                "or replace the layer."
+                f"file, and Keras would have to. {way_out}"
             )
 
 
@@ -191,7 +198,7 @@ def write_as_h5(path: Path, target: Path, attribute: str, custom_objects: Mappin
             file.attrs["kmerge"] = attribute
     except Exception as error:
         raise OutputError(
-            f"Keras cannot write the merged model as .h5: {_one_line(error)}. Write it as .keras."
+            f"Keras cannot write the merged model as .h5: {one_line(error)}. Write it as .keras."
         ) from error
 
 
@@ -213,6 +220,6 @@ def custom_objects_of(models: list[Any]) -> dict[str, Any]:
     return found
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return (text if len(text) <= 300 else text[:297] + "...").rstrip(".")

@@ -8,13 +8,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 from kmerge.errors import PlanError
 from kmerge.methods import normalise_weights
 
 Role = Literal["shared", "private"]
-FORMAT = 1
+FORMAT = 2
+"""Of a plan as JSON. Format 1 knew no width, seed, keep and calibration; it is read with their defaults."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,38 @@ class SourceFacts:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """On which inputs the sources are run: enough to do it again.
+
+    Attributes:
+        inputs: what they are, for people.
+        rows: how many; 0 where that is not known yet.
+        synthetic: whether they are made up, so that the seed makes them again.
+    """
+
+    inputs: str
+    rows: int
+    synthetic: bool
+
+
+@dataclass(frozen=True)
 class Plan:
-    """A merge, decided. Round-trips as JSON and is stored in the result."""
+    """A merge, decided. Round-trips as JSON and is stored in the result.
+
+    Attributes:
+        sources: which files, in order.
+        layers: role and method of each layer.
+        method, options: what shared layers are merged by unless `layers` says otherwise.
+        weights: importance per source, sums to 1.
+        trunk, inputs, outputs, freeze: as asked for.
+        width: of the trunk, as a multiple of a source's.
+        keep: agreement for which the trunk was chosen; None where the trunk was asked for.
+        seed: of everything random.
+        calibration: inputs on which the sources are run, where the methods need that.
+        notes: what a reader should know.
+        kmerge: version that made it.
+        format: of the plan as JSON.
+    """
 
     sources: tuple[SourceFacts, ...]
     layers: tuple[LayerPlan, ...]
@@ -65,6 +97,10 @@ class Plan:
     inputs: str = "shared"
     outputs: str = "heads"
     freeze: bool = False
+    width: float = 1.0
+    keep: float | None = None
+    seed: int = 0
+    calibration: Calibration | None = None
     notes: tuple[str, ...] = ()
     kmerge: str = ""
     format: int = FORMAT
@@ -99,6 +135,8 @@ class Plan:
             )
             sources = tuple(SourceFacts(**_typed(source, _SOURCE)) for source in values["sources"])
             rest = {key: _typed(values, _PLAN)[key] for key in _PLAN}
+            newer = {key: values[key] for key in _typed(values, _NEWER) if key in _NEWER}
+            calibration = values.get("calibration")
             weights = tuple(float(weight) for weight in values["weights"])
             if not math.isclose(sum(weights), 1.0):
                 weights = tuple(float(weight) for weight in normalise_weights(weights, len(sources)))
@@ -108,7 +146,9 @@ class Plan:
                 weights=weights,
                 notes=tuple(values.get("notes", ())),
                 kmerge=str(values.get("kmerge", "")),
+                calibration=None if calibration is None else Calibration(**_typed(calibration, _CALIBRATION)),
                 **rest,
+                **newer,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(
@@ -133,6 +173,8 @@ def is_there(path: Path) -> bool:
 
 
 _PLAN = {"method": str, "options": Mapping, "trunk": str, "inputs": str, "outputs": str, "freeze": bool}
+_NEWER = {"width": (int, float), "keep": (int, float, NoneType), "seed": int}
+_CALIBRATION = {"inputs": str, "rows": int, "synthetic": bool}
 _SOURCE = {"label": str, "name": str, "size": int, "version": str, "digest": str}
 _LAYER = {
     "name": str,
@@ -152,8 +194,11 @@ def _typed(values: Any, types: Mapping[str, Any]) -> Any:
         TypeError: naming the first that is of another type.
     """
     for key, kind in types.items():
-        if key in values and not isinstance(values[key], kind):
-            raise TypeError(f"{key} is {values[key]!r}, expected {kind.__name__}")
+        if key in values and (
+            not isinstance(values[key], kind) or (isinstance(values[key], bool) and kind is not bool)
+        ):
+            expected = kind.__name__ if isinstance(kind, type) else "a number"
+            raise TypeError(f"{key} is {values[key]!r}, expected {expected}")
     names = values.get("layers") if types is _LAYER else []
     if not all(name is None or isinstance(name, str) for name in names):
         raise TypeError(f"layers is {names!r}, expected names")

@@ -63,6 +63,9 @@ def make_plan(sources: Sequence[Source], rules: Rules, version: str = "") -> Pla
         inputs=rules.inputs,
         outputs=rules.outputs,
         freeze=rules.freeze,
+        width=float(rules.width),
+        keep=None if rules.keep is None else float(rules.keep),
+        seed=rules.seed,
         notes=warnings + notes,
         kmerge=version,
     )
@@ -87,9 +90,14 @@ def _more_notes(layout: Layout, layers: Sequence[LayerPlan], rules: Rules, weigh
                 f"'{layer.name}' ({layer.class_name}) is a layer that kmerge does not know: all its numbers are merged "
                 f"as weights, statistics too. Keep it per source with --private {layer.name} if it holds some"
             )
-    if rules.method == "align" and merged:
+    if (
+        merged
+        and rules.method == "align"
+        and not get_method("align").runs_models(rules.options, rules.data is not None)
+    ):
         notes.append(
-            "sources without a common ancestor lose accuracy even when aligned: compare the result with its sources"
+            "sources without a common ancestor lose accuracy even when aligned: unlabelled inputs, given with --data, "
+            "win back much of it, and tell how well each head agrees with its source"
         )
     for source, weight in zip(layout.sources, weights, strict=True):
         if weight == 0:
@@ -165,7 +173,17 @@ def check_plan(plan: Plan, sources: Sequence[Source]) -> None:
         MethodError: if a method or the weights are none.
         LayoutError: if a layer that it shares differs in these sources.
     """
-    check_rules(Rules(inputs=plan.inputs, outputs=plan.outputs, method=plan.method, options=plan.options), plan.labels)
+    check_rules(
+        Rules(
+            inputs=plan.inputs,
+            outputs=plan.outputs,
+            method=plan.method,
+            options=plan.options,
+            width=plan.width,
+            seed=plan.seed,
+        ),
+        plan.labels,
+    )
     if len(plan.sources) != len(sources):
         raise PlanError(f"The plan is for {len(plan.sources)} sources: {len(sources)} given.")
     normalise_weights(plan.weights, len(sources))

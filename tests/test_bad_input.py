@@ -156,6 +156,19 @@ def weights_only(path: Path, seed: int = 1, units: int = 3) -> Path:
     return path
 
 
+def random_weights(path: Path, seed: int) -> Path:
+    """The same with numbers that have nothing to do with those of another seed."""
+    rng = np.random.default_rng(seed)
+    with h5py.File(weights_only(path, units=99), "r+") as file:
+
+        def fill(_: str, item: Any) -> None:
+            if isinstance(item, h5py.Dataset):
+                item[...] = rng.standard_normal(item.shape)
+
+        file.visititems(fill)
+    return path
+
+
 def bare(names: tuple[str, str], **arguments: Any) -> Make:
     """Two files with weights only."""
     return lambda folder: ([weights_only(folder / name, seed) for seed, name in enumerate(names)], arguments)
@@ -1189,10 +1202,13 @@ ROWS |= {
         MergeError,
         ("'b' holds values that are not finite",),
     ),
-    "unrelated": (
-        lambda f: ([FIXTURES / "mlp_a.h5", FIXTURES / "mlp_b.h5"], {}),
+    "unrelated, bare": (
+        lambda f: (
+            [random_weights(f / f"{label}.weights.h5", seed) for seed, label in enumerate("ab")],
+            {"trunk": "all", "output": f / "new.weights.h5"},
+        ),
         UnrelatedError,
-        ("do not share an ancestor", "cosine", "--method mean", "--trunk none"),
+        ("do not share an ancestor", "cosine", "--base FILE", "--method mean", "--method pick"),
     ),
     "mean of one and two outputs": (
         nets(chain, heads(2, 2), outputs="mean"),

@@ -76,6 +76,11 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": root, "COLUMNS": "80"}
 
 
+def inputs(name: str = "inputs.npz") -> None:
+    """Inputs for the convolutional fixtures."""
+    np.savez(name, x=np.random.default_rng(0).random((64, 8, 8, 1), dtype="float32"))
+
+
 def files() -> set[str]:
     return set(os.listdir())
 
@@ -286,15 +291,54 @@ def test_weights_that_were_merged_can_be_merged_again() -> None:
 
 
 @pytest.mark.usefixtures("here")
-def test_unrelated_sources_are_refused_with_a_way_on() -> None:
+def test_unrelated_sources_are_fused_and_told_so() -> None:
     before = files()
-    result = run("combine", "mlp_a.h5", "mlp_b.h5", "-o", "m.h5")
-    assert result.status == 1
-    assert result.out == ""
-    assert result.err.startswith("kmerge: These models do not share an ancestor")
-    assert "--trunk none" in result.err
+    result = ok("combine", "mlp_a.h5", "mlp_b.h5", "--dry-run")
     assert files() == before
-    ok("combine", "mlp_a.h5", "mlp_b.h5", "-o", "m.h5", "--method", "mean")
+    assert "note: the models do not share an ancestor (cosine -0.01)" in result.err
+    assert "fuse" in result.out
+    assert "not measured: this was a dry run" in result.out
+    assert "not measured (give inputs with --data)" in ok("combine", "mlp_a.h5", "mlp_b.h5", "--method", "mean").out
+
+
+@pytest.mark.usefixtures("here")
+def test_flags_of_a_calibration_reach_the_plan() -> None:
+    inputs()
+    plan = ok(
+        *("combine", "cnn_a.h5", "cnn_b.h5", "--dry-run", "--json", "--data", "inputs.npz", "--samples", "10"),
+        *("--width", "1.5", "--keep", "0.9", "--seed", "4"),
+    ).json()["plan"]
+    assert (plan["method"], plan["width"], plan["keep"], plan["seed"]) == ("fuse", 1.5, 0.9, 4)
+    assert plan["calibration"] == {"inputs": "10 of 64 inputs from inputs.npz", "rows": 10, "synthetic": False}
+
+
+@pytest.mark.usefixtures("here")
+def test_data_may_be_given_per_source_and_may_have_an_equals_sign_in_its_name() -> None:
+    inputs("x=y.npz")
+    inputs("inputs.npz")
+
+    def said(*data: str) -> str:
+        flags = [word for file in data for word in ("--data", file)]
+        plan = ok("combine", "cnn_a.h5", "cnn_b.h5", "--dry-run", "--json", *flags).json()["plan"]
+        return str(plan["calibration"]["inputs"])
+
+    assert said("x=y.npz") == "64 inputs from x=y.npz"
+    assert said("cnn_a=x=y.npz", "cnn_b=inputs.npz") == "128 inputs from x=y.npz and inputs.npz, 64 for each source"
+
+
+@pytest.mark.usefixtures("here")
+def test_agreement_is_shown_and_too_little_of_it_is_a_warning() -> None:
+    inputs()
+    result = ok("combine", "cnn_a.h5", "cnn_b.h5", "--method", "mean", "--data", "inputs.npz", "--report", "r.html")
+    assert re.search(r"agreement +cnn_a \d+\.\d %, cnn_b \d+\.\d % \(of decisions\), on 64", result.out)
+    assert "warning: part of what the sources know is lost" in result.err
+    page = Path("r.html").read_text()
+    assert "<h2>Agreement with the sources</h2>" in page
+    assert "<h2>Warnings</h2>" in page
+    assert "agreement of cnn_a with its source:" in ok("inspect", "merged.h5").out
+    report = ok("combine", "cnn_a.h5", "cnn_a.h5", "--data", "inputs.npz", "--json", "--force").json()
+    assert [item["value"] for item in report["agreement"]] == [1.0, 1.0]
+    assert report["warnings"] == []
 
 
 BAD_CALLS = [
@@ -306,6 +350,24 @@ BAD_CALLS = [
     (("combine", A, B, "--trnk", "all"), 2, "No such option"),
     (("combine", A, B, "--inputs", "both"), 2, "'both' is not one of"),
     (("combine", A, B, "--outputs", "sum"), 2, "'sum' is not one of"),
+    (("combine", A, B, "--width", "9"), 2, "9 is no width: give a number from 0.25 to 8"),
+    (("combine", A, B, "--width", "nan"), 2, "nan is no width"),
+    (("combine", A, B, "--width", "2"), 1, "'mean' keeps the width of the sources. Take --method fuse"),
+    (("combine", A, B, "--keep", "0"), 2, "0 is no share"),
+    (("combine", A, B, "--keep", "1.1"), 2, "1.1 is no share"),
+    (("combine", A, B, "--keep", "0.9", "--method", "mean"), 1, "does not run the models"),
+    (("combine", A, B, "--keep", "0.9", "--method", "fuse", "--trunk", "none"), 1, "leave one of them out"),
+    (("combine", A, B, "--samples", "7"), 2, "7 is not in the range"),
+    (("combine", A, B, "--seed", "-1"), 2, "-1 is not in the range"),
+    (("combine", A, B, "--data", "absent.npz"), 1, "absent.npz does not exist"),
+    (("combine", A, B, "--data", "x=absent.npz"), 2, "no source is called 'x', they are finetuned_a, finetuned_b"),
+    (("combine", A, B, "--data", "one.npz", "--data", "two.npz"), 2, "one as LABEL=FILE for each"),
+    (("combine", A, B, "--data", "finetuned_a=x.npz"), 2, "none is given for 'finetuned_b'"),
+    (("combine", A, B, "--data", "finetuned_a=x", "--data", "finetuned_a=y"), 2, "two files are given"),
+    (("combine", A, B, "--method", "zip", "--option", "repair=1"), 1, "repair is 1: expected true or false"),
+    (("combine", A, B, "--method", "align", "--option", "by=luck"), 1, "by is 'luck': expected auto or weights or"),
+    (("combine", A, B, "--method", "transport", "--option", "epsilon=0"), 1, "expected a number above 0"),
+    (("combine", A, B, "--plan", "p", "--seed", "1", "--width", "2"), 2, "leave out --width, --seed"),
     (("combine", A, B, "--weights", "1,x"), 2, "'x' is no importance"),
     (("combine", A, B, "--weights", "1,-1"), 2, "at least 0"),
     (("combine", A, B, "--weights", "1,nan"), 2, "'nan' is no importance"),
@@ -314,7 +376,7 @@ BAD_CALLS = [
     (("combine", A, B, "--labels", "a,b,c"), 2, "3 given for 2 sources"),
     (("combine", A, B, "--labels", "a,"), 2, "empty label"),
     (("combine", A, B, "--labels", "a,a"), 1, "Two sources are called 'a'"),
-    (("combine", A, B, "--method", "magic"), 2, "There is no method 'magic': choose one of auto, align, mean"),
+    (("combine", A, B, "--method", "magic"), 2, "There is no method 'magic': choose one of auto, align, fuse, mean"),
     (("combine", A, B, "--method", "mean", "--option", "density=1"), 2, "has no option 'density'"),
     (("combine", A, B, "--option", "density"), 2, "no KEY=VALUE"),
     (("combine", A, B, "--option", "=1"), 2, "no KEY=VALUE"),
@@ -453,7 +515,10 @@ def test_names_in_a_file_do_not_steer_the_terminal() -> None:
     ("sources", "fragments"),
     [
         ((A, B, C), ["share an ancestor", "0.99", "-o merged.h5\n", "default trunk ends with 'dense_1'"]),
-        (("mlp_a.keras", "mlp_b.keras"), ["do not share an ancestor", "-o merged.keras --trunk none\n"]),
+        (
+            ("mlp_a.keras", "mlp_b.keras"),
+            ["do not share an ancestor", "To fuse them:", "-o merged.keras\n"],
+        ),
         ((A, A), ["hold the same weights", "the same network.", "possible"]),
         (("cnn_a.h5", "cnn_b.h5"), ["(0.99)", "Cosines in brackets"]),
         (("mlp_a.h5", "lstm_a.h5"), ["No trunk can be shared", "--trunk none"]),
@@ -564,6 +629,7 @@ def _examples(command: click.Command) -> Iterator[str]:
 def test_examples_in_the_help_run(here: Path, command: click.Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(here))
     (here / ".config/fish/completions").mkdir(parents=True)
+    inputs()
     examples = list(_examples(command))
     assert examples
     for line in examples:
@@ -659,7 +725,7 @@ import kmerge.api
 def slow(*_):
     print("ready", file=sys.stderr, flush=True)
     time.sleep(60)
-kmerge.api.merge_tensors = slow
+kmerge.job.merge_tensors = slow
 from kmerge.cli import main
 main()
 """

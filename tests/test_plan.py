@@ -18,7 +18,7 @@ from test_matching import Net, Recipe, chain, siamese, two_towers
 
 import kmerge
 from kmerge.errors import LayoutError, PlanError
-from kmerge.plan import LayerPlan, Plan, SourceFacts, read_plan
+from kmerge.plan import Calibration, LayerPlan, Plan, SourceFacts, read_plan
 from kmerge.planning import make_plan
 from kmerge.rules import Rules, unique_labels
 from kmerge.source import open_source
@@ -467,3 +467,42 @@ def test_freeze_is_for_shared_layers(bench: Bench) -> None:
 def test_nothing_is_planned_twice_for_one_source(bench: Bench) -> None:
     with pytest.raises(PlanError, match="at least two sources: 1 given"):
         bench.plan(chain)
+
+
+# ---- formats of plans
+
+
+def test_a_plan_of_the_first_format_is_read_with_defaults(bench: Bench) -> None:
+    plan = bench.plan(chain, chain)
+    old = plan.to_dict()
+    old["format"] = 1
+    for key in ("width", "keep", "seed", "calibration"):
+        del old[key]
+    assert Plan.from_dict(old) == plan
+
+
+def test_a_plan_holds_on_what_its_models_are_run(bench: Bench) -> None:
+    plan = bench.plan(chain, chain, method="fuse", width=1.5, keep=0.9, seed=3)
+    plan = replace(plan, calibration=Calibration("40 inputs from x.npz", 40, False))
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert (plan.width, plan.keep, plan.seed) == (1.5, 0.9, 3)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"width": "2"},
+        {"width": None},
+        {"keep": "all"},
+        {"seed": 1.5},
+        {"seed": True},
+        {"calibration": 5},
+        {"calibration": {"inputs": "x"}},
+        {"calibration": {"inputs": "x", "rows": "many", "synthetic": True}},
+        {"calibration": {"inputs": "x", "rows": 1, "synthetic": 1}},
+    ],
+    ids=str,
+)
+def test_a_plan_with_other_kinds_of_facts_is_none(wrong: dict[str, Any], bench: Bench) -> None:
+    with pytest.raises(PlanError, match="no plan of kmerge"):
+        Plan.from_dict({**bench.plan(chain, chain).to_dict(), **wrong})

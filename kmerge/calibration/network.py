@@ -64,14 +64,21 @@ class Network:
         self._nodes = tuple(nodes)
         linear = _keras().activations.linear
         for number, (layer, live_layer) in enumerate(zip(graph.layers, self.layers, strict=True)):
-            activation = getattr(live_layer, "activation", None)
-            if layer.class_name in _SPLIT and activation is not None and activation is not linear:
+            class_name, bearer = layer.class_name, live_layer
+            if class_name == "TimeDistributed":
+                class_name, bearer = type(live_layer.layer).__name__, live_layer.layer
+            activation = getattr(bearer, "activation", None)
+            if class_name in _SPLIT and activation is not None and activation is not linear:
                 self._activations[number] = activation
-                live_layer.activation = linear
+                bearer.activation = linear
 
     @property
     def inputs(self) -> list[Ref]:
         return [Ref(ref.call, ref.output) for ref in flatten(self.merged.graph.inputs)]
+
+    def given(self, batch: Sequence[Array]) -> dict[Ref, Any]:
+        """A batch of inputs as tensors, in the order of the network's inputs."""
+        return dict(zip(self.inputs, map(_tensor, batch), strict=True))
 
     def needed(self, wanted: Iterable[Ref], known: Collection[Ref]) -> list[int]:
         """Calls to run for some tensors, where some are known, in order."""
@@ -104,12 +111,7 @@ class Network:
             layer = graph.calls[call].layer
             if graph.layers[layer].is_input:
                 continue
-            found = _Filled(values, self._ids)
-            args, kwargs = self._nodes[call].arguments.fill_in(found)
-            own = self.layers[layer]
-            if getattr(own, "_call_has_training_arg", False) and kwargs.get("training") is None:
-                kwargs["training"] = False
-            outputs = own(*args, **kwargs)
+            outputs = self.outputs(values, call)
             if layer in self._activations:
                 values[Ref(call, BEFORE)] = outputs
                 mask = getattr(outputs, "_keras_mask", None)
@@ -119,6 +121,41 @@ class Network:
             flat = _keras().tree.flatten(outputs)
             for number, tensor in enumerate(flat):
                 values[Ref(call, number)] = tensor
+
+    def outputs(self, values: Mapping[Ref, Any], call: int) -> Any:
+        """What one call gives, before an activation function that was split off, from known tensors."""
+        args, kwargs = self._nodes[call].arguments.fill_in(_Filled(values, self._ids))
+        own = self.layers[self.merged.graph.calls[call].layer]
+        if getattr(own, "_call_has_training_arg", False) and kwargs.get("training") is None:
+            kwargs["training"] = False
+        given = [(tensor, getattr(tensor, "_keras_mask", None)) for tensor in _keras().tree.flatten((args, kwargs))]
+        outputs = own(*args, **kwargs)
+        for tensor, mask in given:  # attention takes masks off what it is given, which others read too
+            if mask is not None:
+                tensor._keras_mask = mask
+        return outputs
+
+    def given_to(self, values: Mapping[Ref, Any], call: int, part: str) -> Any:
+        """What reaches a layer inside the one that is called, in one call from known tensors.
+
+        Args:
+            values: known tensors.
+            call: its number.
+            part: attribute of the live layer that holds the inner one.
+        """
+        inner = getattr(self.layers[self.merged.graph.calls[call].layer], part)
+        original, caught = inner.call, []
+
+        def catch(inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            caught.append(inputs)
+            return original(inputs, *args, **kwargs)
+
+        inner.call = catch
+        try:
+            self.outputs(values, call)
+        finally:
+            del inner.call
+        return caught[-1]
 
     def target(self, call: int) -> Ref:
         """What a call gives before its own activation function."""
@@ -135,15 +172,26 @@ class Network:
         own = self.layers[layer]
         parts = key.split("/")
         if "vars" not in parts:
+            if getattr(own, "lora_enabled", False):
+                return _stored_variables(own)[place]
             own.trainable = True
             return [*own.trainable_weights, *own.non_trainable_weights][place]
         for part in parts[: parts.index("vars")]:
-            own = own[int(part)] if part.isdigit() else getattr(own, part)
-        return [*own._trainable_variables, *own._non_trainable_variables][int(parts[-1])]
+            own = own[int(part)] if part.isdigit() else getattr(own, part, None) or getattr(own, f"_{part}")
+        return _stored_variables(own)[int(parts[-1])]
 
     def activation(self, layer: int) -> Any:
         """The activation function that was split off a layer; None without one."""
         return self._activations.get(layer)
+
+
+def _stored_variables(own: Any) -> list[Any]:
+    """Variables of one layer in the order in which a file has them; an adapter is not among them."""
+    if getattr(own, "lora_enabled", False):
+        first = getattr(own, "_kernel", None)
+        bias = getattr(own, "bias", None)
+        return [own._embeddings if first is None else first, *([] if bias is None else [bias])]
+    return [*own._trainable_variables, *own._non_trainable_variables]
 
 
 class _Filled(dict[int, Any]):
@@ -156,7 +204,8 @@ class _Filled(dict[int, Any]):
         return self._values[self._known[key]]
 
     def get(self, key: int, default: Any = None) -> Any:
-        return self._values[self._known[key]]
+        found = self._known.get(key)
+        return default if found is None else self._values[found]  # masks that Keras found on the way are found again
 
 
 def open_network(
@@ -235,7 +284,7 @@ class Tape:
             self._size -= _bytes(values)
             self._kept[number] = {}
             if not values or self._reaches_input(wanted, values):
-                values |= dict(zip(self.network.inputs, map(_tensor, batch), strict=True))
+                values |= self.network.given(batch)
             self.network.run(values, wanted)
             yield values
             kept = self.network.frontier(values, remaining)
@@ -244,9 +293,19 @@ class Tape:
                 self._size += size
                 self._kept[number] = kept
 
+    def inputs(self, number: int) -> list[Any]:
+        """The network's inputs in one batch."""
+        return list(map(_tensor, self.batches[number]))
+
     def _reaches_input(self, wanted: Sequence[Ref], values: Mapping[Ref, Any]) -> bool:
         graph = self.network.merged.graph
         return any(graph.layers[graph.calls[call].layer].is_input for call in self.network.needed(wanted, values))
+
+    def drop(self, calls: Collection[int]) -> None:
+        """Let go of what some calls gave: their layers have other weights now."""
+        for values in self._kept:
+            stale = [ref for ref in values if ref.call in calls]
+            self._size -= _bytes({ref: values.pop(ref) for ref in stale})
 
     def forget(self) -> None:
         """Let go of everything."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from kmerge.report.facts import Report
 
 _ORDER = "kmerge.order"
-_RULES = ("trunk", "share", "private", "inputs", "outputs", "method", "option", "weights", "freeze")
+_RULES = (
+    *("trunk", "share", "private", "inputs", "outputs", "method", "option", "weights"),
+    *("width", "keep", "freeze", "seed"),
+)
 """What a plan decides, so that it cannot be said beside one."""
 
 
@@ -78,6 +81,17 @@ def _value(text: str) -> Any:
     return value if fits else text
 
 
+def _number(low: float, high: float, what: str) -> Callable[..., float | None]:
+    """A check of a flag's number: above or at `low`, at most `high`."""
+
+    def checked(_: click.Context, __: click.Parameter, value: float | None) -> float | None:
+        if value is not None and not low <= value <= high:
+            raise click.BadParameter(f"{value:g} is {what}.")
+        return value
+
+    return checked
+
+
 def _method(_: click.Context, __: click.Parameter, value: str) -> str:
     if value != "auto":
         from kmerge.methods import METHODS
@@ -90,7 +104,7 @@ def _method(_: click.Context, __: click.Parameter, value: str) -> str:
 def _complete_method(_: click.Context, __: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from kmerge.methods import METHODS
 
-    known = {"auto": "the mean, where the sources share an ancestor"}
+    known = {"auto": "the mean where the sources share an ancestor, fuse where they do not"}
     known |= {name: method.summary for name, method in sorted(METHODS.items())}
     return [CompletionItem(name, help=text) for name, text in known.items() if name.startswith(incomplete)]
 
@@ -154,7 +168,8 @@ def _report_path(_: click.Context, __: click.Parameter, value: str | None) -> st
     metavar="NAME",
     callback=_method,
     shell_complete=_complete_method,
-    help="How to merge shared weights: see kmerge methods. auto is a mean where one makes sense; it refuses elsewhere.",
+    help="How to merge shared weights: see kmerge methods. auto is the mean for models of one ancestor, and fuse for "
+    "models that were trained apart.",
 )
 @click.option(
     "--option",
@@ -175,7 +190,43 @@ def _report_path(_: click.Context, __: click.Parameter, value: str | None) -> st
     metavar="FILE",
     help="A whole model that gives the architecture to sources that hold weights only.",
 )
+@click.option(
+    "--data",
+    multiple=True,
+    metavar="FILE|LABEL=FILE",
+    help="Inputs without labels, .npz or .npy, to run the models on: for methods that need some, and to measure how "
+    "well each head agrees with its source. One file for all, or LABEL=FILE for each (repeatable). Without it, methods "
+    "that need inputs make some up.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=8),
+    metavar="N",
+    help="How many inputs to use, in all. By default 2000, or all where there are fewer.",
+)
+@click.option(
+    "--width",
+    type=float,
+    default=1.0,
+    metavar="X",
+    callback=_number(0.25, 8, "no width: give a number from 0.25 to 8, such as 1.5"),
+    help="Width of the trunk against a source's; other than 1 with --method fuse only.",
+)
+@click.option(
+    "--keep",
+    type=float,
+    metavar="SHARE",
+    callback=_number(1e-9, 1, "no share: give a number above 0 and at most 1, such as 0.99"),
+    help="Choose the largest trunk whose every head agrees this well with its source, such as 0.99.",
+)
 @click.option("--freeze", is_flag=True, help="Save the shared layers with trainable = false.")
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Of everything random: the same seed gives the same model.",
+)
 @click.option(
     "--plan",
     type=click.Path(),
@@ -202,9 +253,16 @@ def combine(ctx: click.Context, /, **given: Any) -> None:
     The sources are Keras models of one architecture: .h5 or .keras, or weights only. Their heads may differ. The result
     is an ordinary Keras model. The sources are never changed, and the result appears whole or not at all.
 
+    Models of one ancestor are averaged. Models that were trained apart are run on inputs, given with --data or made up,
+    to fuse what they compute; the closing table says how well each head then agrees with its source.
+
     \b
     Merge fine-tuned models of one ancestor:
       kmerge combine finetuned_a.h5 finetuned_b.h5 finetuned_c.h5 -o merged.h5
+    Merge models that were trained apart, on inputs of your own:
+      kmerge combine cnn_a.h5 cnn_b.h5 cnn_c.h5 -o fused.h5 --data inputs.npz
+    Share only as much as keeps 99 % of what each source decides:
+      kmerge combine cnn_a.h5 cnn_b.h5 -o kept.h5 --data inputs.npz --keep 0.99
     Name the heads, and let the second source count twice:
       kmerge combine finetuned_a.keras finetuned_b.keras -o named.keras \\
         --labels low,high --weights 1,2
@@ -225,8 +283,10 @@ def combine(ctx: click.Context, /, **given: Any) -> None:
     _check_call(ctx, sources, given)
     rules = {key: value for key, value in given.items() if key not in ("share", "private")}
     rules["roles"] = _roles(ctx, given)
+    rules["data"] = _data(ctx, sources, given)
+    files = rules["data"].values() if isinstance(rules["data"], dict) else [rules["data"]]
     if report_path is not None:
-        _check_report(report_path, output, [*sources, given["base"], given["plan"]], given["force"])
+        _check_report(report_path, output, [*sources, given["base"], given["plan"], *files], given["force"])
 
     from kmerge import api
     from kmerge.progress import terminal_bar
@@ -240,6 +300,8 @@ def combine(ctx: click.Context, /, **given: Any) -> None:
     if not quiet:
         for message in report.notes:
             note(message)
+        for message in report.warnings:
+            note(message, "warning")
     if as_json:
         print_json(report.to_dict())
     elif not quiet:
@@ -276,6 +338,43 @@ def _check_call(ctx: click.Context, sources: Sequence[str], given: dict[str, Any
         if beside:
             names = ", ".join(f"--{name}" for name in beside)
             raise click.UsageError(f"--plan decides everything: leave out {names}, or leave out --plan.", ctx)
+
+
+def _data(ctx: click.Context, sources: Sequence[str], given: dict[str, Any]) -> str | dict[str, str] | None:
+    """One file for all sources, or a file by label."""
+    values = given["data"]
+    if not values:
+        return None
+
+    def wrong(message: str) -> click.BadParameter:
+        return click.BadParameter(message, ctx, param_hint="--data")
+
+    labels = given["labels"]
+    if labels is None:
+        from kmerge.rules import unique_labels
+        from kmerge.source import stem
+
+        labels = unique_labels([stem(source) for source in sources])
+    plain: list[str] = []
+    by_label: dict[str, str] = {}
+    for value in values:
+        label, equals, file = value.partition("=")
+        if not equals or label not in labels:
+            plain.append(value)
+            if equals and not Path(value).exists():
+                raise wrong(
+                    f"'{value}': no source is called '{label}', they are {', '.join(labels)}; nor is it a file."
+                )
+        elif label in by_label:
+            raise wrong(f"two files are given for '{label}': give one.")
+        else:
+            by_label[label] = file
+    if len(plain) > 1 or (plain and by_label):
+        raise wrong("give one file for all sources, or one as LABEL=FILE for each.")
+    missing = [label for label in labels if by_label and label not in by_label]
+    if missing:
+        raise wrong(f"none is given for '{missing[0]}': give one as LABEL=FILE for each source, or one file for all.")
+    return by_label or plain[0]
 
 
 def _roles(ctx: click.Context, given: dict[str, Any]) -> list[tuple[str, str]]:

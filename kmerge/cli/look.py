@@ -14,17 +14,19 @@ from kmerge.errors import KmergeError
 
 AUTO: dict[str, Any] = {
     "name": "auto",
-    "summary": "The mean where the sources share an ancestor; refuses to merge where they do not.",
+    "summary": "The mean where the sources share an ancestor, fuse where they do not.",
     "scope": "model",
     "needs": [],
     "options": {},
     "source": "",
-    "for_related_sources_only": True,
+    "for_related_sources_only": False,
+    "choices": {},
+    "width": True,
     "description": "Looks at the cosine between the sources' weights before anything is written. Models that were\n"
     "fine-tuned from one ancestor have weights that point the same way, and their mean keeps what\n"
-    "they know: then auto is mean. Weights of models trained from scratch have nothing to do with\n"
-    "each other, and their mean would lose what each of them knows: then auto refuses, and says\n"
-    "what can be done instead.",
+    "they know: then auto is mean, and no framework is loaded. Weights of models trained from scratch\n"
+    "have nothing to do with each other, and their mean would lose what each of them knows: then auto\n"
+    "is fuse, which runs the models on unlabelled inputs, made up where --data gives none.",
 }
 
 

@@ -88,11 +88,11 @@ def complain(message: str) -> None:
     click.echo(f"kmerge: {printable(message, keep_lines=True)}", err=True)
 
 
-def note(message: str) -> None:
+def note(message: str, kind: str = "note") -> None:
     """Say on standard error what a reader should know."""
     from kmerge.report.words import printable
 
-    click.echo(f"note: {printable(message)}", err=True)
+    click.echo(f"{kind}: {printable(message)}", err=True)
 
 
 def written(path: str) -> None:
@@ -201,7 +201,8 @@ def program() -> None:
     """Merge separately trained Keras models into one ordinary Keras model.
 
     The layers that do the general work are merged into one shared trunk, which runs once; every source keeps its own
-    head. Files are merged as files: no framework is loaded, and no code in them is run.
+    head. Models of one ancestor are merged as files: no framework is loaded, and no code in them is run. Models that
+    were trained apart are run on unlabelled inputs, to fuse what they compute.
 
     \b
     Look first, then merge, then look at the result:

@@ -27,20 +27,20 @@ def cluster_units(moments: Array, importance: Array, count: int, rng: np.random.
     for _ in range(RESTARTS):
         labels = _seeded(moments, weights, count, rng)
         for _ in range(ROUNDS):
-            distances = _distances(moments, weights, labels, count)
-            changed = _filled(np.argmin(distances, axis=1), distances, weights, count)
+            apart = distances(moments, weights, labels, count)
+            changed = _filled(np.argmin(apart, axis=1), apart, weights, count)
             if np.array_equal(changed, labels):
                 break
             labels = changed
-        distances = _distances(moments, weights, labels, count)
-        loss = float(weights @ distances[np.arange(len(labels)), labels])
+        apart = distances(moments, weights, labels, count)
+        loss = float(weights @ apart[np.arange(len(labels)), labels])
         if loss < least - 1e-12:
             best, least = labels, loss
     return best
 
 
 def _seeded(moments: Array, weights: Array, count: int, rng: np.random.Generator) -> Array:
-    """First clusters around units that are far from each other (k-means++, arXiv-free: Arthur and Vassilvitskii 2007)."""
+    """First clusters around units that are far from each other (k-means++, Arthur and Vassilvitskii 2007)."""
     square = np.diagonal(moments)
     chosen = [int(rng.choice(len(weights), p=weights / weights.sum()))]
     nearest = np.maximum(square - 2 * moments[chosen[0]] + square[chosen[0]], 0)
@@ -55,13 +55,13 @@ def _seeded(moments: Array, weights: Array, count: int, rng: np.random.Generator
         unit = int(rng.choice(len(weights), p=chance / total))
         chosen.append(unit)
         nearest = np.minimum(nearest, np.maximum(square - 2 * moments[unit] + square[unit], 0))
-    distances = square[:, None] - 2 * moments[:, chosen] + square[chosen]
-    labels = np.argmin(distances, axis=1)
+    apart = square[:, None] - 2 * moments[:, chosen] + square[chosen]
+    labels = np.argmin(apart, axis=1)
     labels[chosen] = np.arange(count)
     return labels
 
 
-def _distances(moments: Array, weights: Array, labels: Array, count: int) -> Array:
+def distances(moments: Array, weights: Array, labels: Array, count: int) -> Array:
     """Squared distance of each unit to the centre of each cluster, shape (units, count)."""
     order = np.argsort(labels, kind="stable")
     sizes = np.bincount(labels, minlength=count)
@@ -72,15 +72,15 @@ def _distances(moments: Array, weights: Array, labels: Array, count: int) -> Arr
     return np.diagonal(moments)[:, None] - 2 * to_centres + within
 
 
-def _filled(labels: Array, distances: Array, weights: Array, count: int) -> Array:
+def _filled(labels: Array, apart: Array, weights: Array, count: int) -> Array:
     """Clusters that lost all units take those that lie farthest from their own centre."""
     sizes = np.bincount(labels, minlength=count)
     for empty in np.flatnonzero(sizes == 0):
-        loss = weights * distances[np.arange(len(labels)), labels]
+        loss = weights * apart[np.arange(len(labels)), labels]
         loss[sizes[labels] < 2] = -np.inf
         unit = int(np.argmax(loss))
         sizes[labels[unit]] -= 1
         labels[unit] = empty
         sizes[empty] = 1
-        distances[unit, empty] = 0
+        apart[unit, empty] = 0
     return labels

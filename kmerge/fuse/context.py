@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from kmerge.calibration.network import Network, Tape
 from kmerge.fuse.chains import Chains
-from kmerge.fuse.pairs import Frame, Pair
+from kmerge.fuse.pairs import LEAST_PART, Frame, Pair
 from kmerge.graph import Layer, Ref, refs
 from kmerge.methods.registry import Array
 from kmerge.surgery import Merged, MergedLayer
@@ -26,6 +26,15 @@ class Site:
     """
 
     tensors: tuple[Ref, ...]
+    scaled: ClassVar[bool] = True
+    """Whether a unit's size may mean nothing: it depends on what follows; False where it never does."""
+    averaged: ClassVar[bool] = True
+    """Whether a merged unit is a mean of several; False where some units are kept as they are instead."""
+
+    @property
+    def spaces(self) -> tuple[int, ...]:
+        """Numbers of the spaces whose units are seen."""
+        raise NotImplementedError
 
     def views(self, values: Mapping[Ref, Any], picked: float, rng: np.random.Generator) -> Iterator[tuple[int, Array]]:
         """What units do.
@@ -46,13 +55,21 @@ class Task(Protocol):
 
     Attributes:
         at: call of the merged network at which everything before it has been solved.
+        layers: of the merged network, that it settles.
         sees: tensors of the sources' network that it needs.
         reads: tensors of the merged network that it needs.
     """
 
     at: int
-    sees: tuple[Ref, ...]
-    reads: tuple[Ref, ...]
+
+    @property
+    def layers(self) -> tuple[int, ...]: ...
+
+    @property
+    def sees(self) -> tuple[Ref, ...]: ...
+
+    @property
+    def reads(self) -> tuple[Ref, ...]: ...
 
     def sites(self) -> Sequence[Site]: ...
 
@@ -120,6 +137,9 @@ class Context:
     own: Network | None = None
     merged_tape: Tape | None = None
     values: dict[tuple[int, int], Array] = field(default_factory=dict)
+    refused: dict[int, str] | None = None
+    """Layers that turned out not to do what their configuration says, once all were tried."""
+    _followers: dict[int, frozenset[int]] = field(default_factory=dict)
 
     @cached_property
     def chains(self) -> Chains:
@@ -168,29 +188,48 @@ class Context:
 
     def results(self, call: int) -> list[tuple[int, Ref]]:
         """What a merged call gives before its own activation, in each source."""
-        return [
-            (source, self.every.target(self._counterparts[source, own])) for source, own in self.merged.calls[call]
-        ]
+        return [(source, self.every.target(self._counterparts[source, own])) for source, own in self.merged.calls[call]]
 
-    def columns(self, layer: int, place: int, axis: int) -> dict[int, Array]:
-        """What takes an axis of a layer's weight to the merged network, per source that has the layer.
+    def columns(self, layer: int, place: int, axis: int, sources: Collection[int] | None = None) -> dict[int, Array]:
+        """What takes an axis of a layer's weight to the merged network, per source.
+
+        Args:
+            layer: in the merged graph.
+            place: of the weight among those of the layer.
+            axis: of the weight.
+            sources: those that are asked for; all that have the layer by default.
 
         Returns:
-            Shapes (length, merged length). For a private layer that makes units of a shared space, each merged unit is
-            the mean of this source's own part.
+            Shapes (length, merged length). A merged unit is the mean of what these sources have of it, and 0 for all
+            of them where they have nothing of it.
         """
+        return self.several(layer, [(place, axis)], sources)
+
+    def several(
+        self, layer: int, axes: Sequence[tuple[int, int]], sources: Collection[int] | None = None
+    ) -> dict[int, Array]:
+        """The same for several axes of weights that are laid out one after the other, as one matrix each source."""
         origin = self.origin(layer)
-        found = {}
+        found: dict[int, Array] = {}
+        parts: dict[int, Array] = {}
         for source, own in origin.members:
-            size = self.frame.shape((source, own, place))[axis]
-            axes = self.frame.axis((source, own, place), axis)
-            share = 1.0 if origin.role == "private" else self.shares[source]
-            matrix = np.eye(size) * share if axes is None else axes.matrix(self.pairs, source, size, share)
-            if origin.role == "private":
-                total = matrix.sum(axis=0)
-                matrix = matrix / np.where(total > 0, total, 1.0)
-            found[source] = matrix
-        return found
+            if sources is not None and source not in sources:
+                continue
+            share = 1.0 if len(origin.members) == 1 else self.shares[source]
+            matrix: Array = np.ones((1, 1))
+            part: Array = np.ones(1)
+            for place, axis in axes:
+                size = self.frame.shape((source, own, place))[axis]
+                units = self.frame.axis((source, own, place), axis)
+                one = np.eye(size) * share if units is None else units.matrix(self.pairs, source, size, share)
+                mine = np.full(size, share) if units is None else units.parts(self.pairs, source, share)
+                matrix, part = np.kron(matrix, one), np.kron(part, mine)
+            found[source], parts[source] = matrix, part
+        if len(axes) == 1 and len(origin.members) == len(found) > 1:  # all of it: made of parts that sum to 1
+            return found
+        total = sum(parts.values(), np.zeros(1))
+        scale = np.where(total > LEAST_PART, 1 / np.maximum(total, LEAST_PART), 0.0)
+        return {source: matrix * scale for source, matrix in found.items()}
 
     def set(self, layer: int, place: int, value: Array) -> None:
         """A weight of the merged network, in what will be written and in the live layer."""
@@ -198,6 +237,18 @@ class Context:
         self.values[layer, place] = value
         variable = self.own.variable(layer, self._key(layer, place), place)
         variable.assign(value.astype(np.float32))
+        if self.merged_tape is not None:
+            self.merged_tape.drop(self._behind(layer))
+
+    def _behind(self, layer: int) -> frozenset[int]:
+        """Calls of a layer in the merged network, and all that follow from them."""
+        if layer not in self._followers:
+            graph, found = self.merged.graph, set(self.merged.graph.calls_of(layer))
+            for number, call in enumerate(graph.calls):
+                if any(ref.call in found for ref in refs(call.arguments)):
+                    found.add(number)
+            self._followers[layer] = frozenset(found)
+        return self._followers[layer]
 
     def _key(self, layer: int, place: int) -> str:
         source, own = self.origin(layer).members[0]

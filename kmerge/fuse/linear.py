@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -12,8 +12,8 @@ import numpy as np
 from kmerge.calibration.network import to_numpy
 from kmerge.fuse.chains import Chain
 from kmerge.fuse.context import Context, Passes, Site
-from kmerge.fuse.design import Linear
-from kmerge.fuse.ridge import Regression
+from kmerge.fuse.design import Linear, agrees
+from kmerge.fuse.ridge import Regression, Solution
 from kmerge.fuse.scale import rebase
 from kmerge.graph import Ref, refs
 from kmerge.methods.registry import Array
@@ -34,23 +34,94 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class LinearSite(Site):
-    """Results of one call of a linear layer."""
+    """Results of one call of a linear layer in each source."""
 
     sources: tuple[int, ...] = ()
-    linear: Linear | None = None
-    blocks: Mapping[int, Mapping[int, Array]] | None = None
+    linears: tuple[Linear, ...] = ()
+    blocks: Mapping[int, Mapping[int, Array]] = field(default_factory=dict)
     """Per space and source, the places of its units among the outputs."""
 
+    @property
+    def spaces(self) -> tuple[int, ...]:
+        return tuple(self.blocks)
+
     def views(self, values: Mapping[Ref, Any], picked: float, rng: np.random.Generator) -> Iterator[tuple[int, Array]]:
-        assert self.linear is not None and self.blocks is not None
-        arrays = [self.linear.outputs(to_numpy(values[ref])) for ref in self.tensors]
+        arrays = [one.outputs(to_numpy(values[ref])) for one, ref in zip(self.linears, self.tensors, strict=True)]
         rows = len(arrays[0])
+        if any(len(array) != rows for array in arrays):  # sequences of other lengths: nothing to lay side by side
+            return
         chance = picked * len(values[self.tensors[0]]) / rows
         chosen = np.flatnonzero(rng.random(rows) < chance) if chance < 1 else np.arange(rows)
+        order = np.argsort(self.sources)
         for space, places in self.blocks.items():
-            parts = [array[chosen][:, places[source]] for source, array in zip(self.sources, arrays, strict=True)]
+            parts = [arrays[number][chosen][:, places[self.sources[number]]] for number in order]
             stacked = np.concatenate(parts, axis=1)  # (rows, sources * units, copies)
             yield space, stacked.transpose(0, 2, 1).reshape(-1, stacked.shape[1])
+
+
+Found = tuple[int, Ref, Linear, Mapping[int, Array]]
+"""Source, tensor, how its outputs stand in it, and the places of units by space."""
+
+
+def side_by_side(found: Iterable[Found], sources: int) -> list[LinearSite]:
+    """Tensors of all sources in which the same units stand, the first of each, the second of each, and so on."""
+    rows: list[list[Found]] = [[] for _ in range(sources)]
+    for one in found:
+        rows[one[0]].append(one)
+    sites = []
+    for group in zip(*rows, strict=False):
+        spaces = set.intersection(*(set(places) for *_, places in group))
+        blocks = {space: {source: places[space] for source, _, _, places in group} for space in sorted(spaces)}
+        numbers = tuple(source for source, *_ in group)
+        sites.append(LinearSite(tuple(ref for _, ref, *_ in group), numbers, tuple(one[2] for one in group), blocks))
+    return [site for site in sites if site.blocks]
+
+
+class Columns:
+    """Least squares for outputs of which some have a target in some calls only.
+
+    A call that stands for some of the sources has no target for units that none of these sources has.
+    """
+
+    def __init__(self, width: int, valid: Sequence[Array]) -> None:
+        """Args:
+        width: columns of the inputs.
+        valid: for each kind of call, which outputs have a target, shape (outputs,), bool.
+        """
+        patterns, group = np.unique(np.stack(valid), axis=1, return_inverse=True)
+        self.outputs = len(valid[0])
+        self.groups = [
+            (
+                np.flatnonzero(group.ravel() == number),
+                patterns[:, number],
+                Regression(width, int(np.sum(group == number))),
+            )
+            for number in range(patterns.shape[1])
+        ]
+
+    def add(self, kind: int, inputs: Array, targets: Array, held: Array) -> None:
+        for columns, pattern, regression in self.groups:
+            if pattern[kind]:
+                regression.add(inputs, targets[:, columns], held)
+
+    def solve(self, guess: Array, intercept: bool) -> Solution:
+        kernel, offset = np.array(guess, dtype=np.float64), np.zeros(self.outputs)
+        strength, explained = 0.0, 0.0
+        for columns, pattern, regression in self.groups:
+            if pattern.any():
+                found = regression.solve(guess[:, columns], intercept)
+                kernel[:, columns], offset[columns] = found.kernel, found.offset
+                strength = max(strength, found.strength)
+                explained += found.explained * len(columns) / self.outputs
+        return Solution(kernel, offset, strength, explained)
+
+    def moments(self, kernel: Array, rows: slice) -> tuple[Array, Array]:
+        """Mean and variance of what some of the inputs make of each output, shape (outputs,) each."""
+        mean, variance = np.zeros(self.outputs), np.ones(self.outputs)
+        for columns, pattern, regression in self.groups:
+            if pattern.any():
+                mean[columns], variance[columns] = regression.moments(kernel[:, columns], rows)
+        return mean, variance
 
 
 @dataclass(eq=False)
@@ -60,6 +131,8 @@ class LinearTask:
     context: Context
     pieces: list[Piece]
     at: int = 0
+    more: list[Site] = field(default_factory=list)
+    """Where units can be seen that other layers make as well, each in its own source."""
 
     @property
     def first(self) -> Piece:
@@ -98,28 +171,47 @@ class LinearTask:
                 return False
             ref = found[0]
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        normals = [chain.normal for piece in self.pieces for chain in piece.chains if chain.normal is not None]
+        graph = self.context.merged.graph
+        return (*(piece.layer for piece in self.pieces), *(graph.calls[normal].layer for normal in normals))
+
     def place(self, layer: int) -> int:
-        names = self.context.weights(layer)
-        return names["depthwise_kernel"] if "depthwise_kernel" in names else names["kernel"]
+        return kernel_place(self.context, layer)
+
+    @cached_property
+    def entangled(self) -> bool:
+        """Whether units may move on several axes of the kernel: which belong together cannot be told axis by axis."""
+        frame, place = self.context.frame, self.place(self.first.layer)
+        source, own = self.context.origin(self.first.layer).members[0]
+        uses = frame.uses.get((source, own, place), {})
+        axes = self.linear[self.first.layer].axes(frame.shape((source, own, place)))
+        spaces = [[frame.spaces[space] for space, _ in uses.get(axis, ())] for axis in axes]
+        return sum(any(not space.fixed and space.size > 1 for space in row) for row in spaces) > 1
+
+    def found(self) -> Iterator[Found]:
+        """Where units that are made here can be seen."""
+        context, piece = self.context, self.first
+        place, linear = self.place(piece.layer), self.linear[piece.layer]
+        members = dict(context.origin(piece.layer).members)
+        for chain in piece.chains:
+            for source, ref in self._targets(chain):
+                own = (source, members[source], place)
+                shape = context.frame.shape(own)
+                uses = context.frame.uses.get(own, {})
+                places = {
+                    space: linear.positions(use.places, number, shape)
+                    for number, axis in enumerate(linear.axes(shape))
+                    for space, use in uses.get(axis, ())
+                    if not self.entangled
+                }
+                yield source, ref, linear, places
 
     def sites(self) -> Sequence[Site]:
-        context, found = self.context, []
-        if context.origin(self.first.layer).role != "shared":
-            return ()
-        for piece in self.pieces[:1]:
-            place, axis = self.place(piece.layer), self.linear[piece.layer].axis
-            for chain in piece.chains:
-                tensors = self._targets(chain)
-                if len(tensors) < len(context.frame.sources):
-                    continue
-                blocks: dict[int, dict[int, Array]] = {}
-                for source, own in context.origin(piece.layer).members:
-                    rank = len(context.frame.shape((source, own, place)))
-                    for space, use in context.frame.uses.get((source, own, place), {}).get(rank + axis, ()):
-                        blocks.setdefault(space, {})[source] = use.places
-                refs_, numbers = tuple(ref for _, ref in tensors), tuple(source for source, _ in tensors)
-                found.append(LinearSite(refs_, numbers, self.linear[piece.layer], blocks))
-        return found
+        if self.context.origin(self.first.layer).role != "shared":
+            return self.more
+        return (*side_by_side(self.found(), len(self.context.frame.sources)), *self.more)
 
     def run(self, passes: Passes) -> str:
         context, first = self.context, self.first
@@ -127,30 +219,41 @@ class LinearTask:
         kernels = {layer: rows.matrix(context.values[layer, self.place(layer)]) for layer, rows in self.linear.items()}
         guess = np.concatenate([kernels[piece.layer] for piece in self.pieces], axis=1)
         groups, width, outputs = guess.shape
-        columns = self._columns(first.layer)
-        regressions = [Regression(width, outputs) for _ in range(groups)]
+        kinds = [tuple(source for source, _ in self._targets(chain)) for chain in first.chains]
+        known = {kind: self._columns(first.layer, kind) for kind in dict.fromkeys(kinds)}
+        valid = [
+            np.any([np.any(matrix != 0, axis=0) for matrix in own.values()], axis=0).reshape(groups, -1)
+            for own in known.values()
+        ]
+        regressions = [Columns(width, [own[group] for own in valid]) for group in range(groups)]
         wanted = MOST_COLUMNS if width > MOST_COLUMNS else max(LEAST_ROWS, ROWS_PER_COLUMN * width)
         per_input = wanted / len(first.chains) / context.examples
+        bearers = [piece for piece in self.pieces if self._has_offset(piece)]
+        bias = self._bias(bearers[-1]) if bearers else None
         for theirs, ours, away in passes:
             for number, chain in enumerate(first.chains):
                 inputs = [to_numpy(ours[context.input(piece.chains[number].call)]) for piece in self.pieces]
-                seen = [
-                    (source, linear.outputs(to_numpy(theirs[ref]))) for source, ref in self._targets(chain)
-                ]
+                given = [(source, to_numpy(theirs[ref])) for source, ref in self._targets(chain)]
+                shape = given[0][1].shape
+                seen = [(source, linear.outputs(values)) for source, values in given]
                 rows = len(seen[0][1])
                 picked = context.pick(rows, len(away), per_input)
+                columns = known[kinds[number]]
                 target = sum(values[picked].astype(np.float64) @ columns[source] for source, values in seen)
                 for ref in self._others(chain):
                     target = target - linear.outputs(to_numpy(ours[ref]))[picked]
+                if bias is not None:
+                    added = self.linear[bearers[-1].layer].biases(bias, shape)
+                    target = target - added[picked % len(added)]
                 designs = [
                     self.linear[piece.layer].rows(own, picked) for piece, own in zip(self.pieces, inputs, strict=True)
                 ]
                 design = np.concatenate(designs, axis=2)
                 targets = np.asarray(target).reshape(len(picked), groups, -1)
                 back = away[picked // (rows // len(away))]
+                kind = list(known).index(kinds[number])
                 for group, regression in enumerate(regressions):
-                    regression.add(design[:, group], targets[:, group], back)
-        bearers = [piece for piece in self.pieces if self._has_offset(piece)]
+                    regression.add(kind, design[:, group], targets[:, group], back)
         solved = [regression.solve(guess[n], bool(bearers)) for n, regression in enumerate(regressions)]
         kernel = np.stack([item.kernel for item in solved])
         offset = np.concatenate([item.offset for item in solved])
@@ -161,35 +264,90 @@ class LinearTask:
             moments = [item.moments(kernel[n, own], own) for n, item in enumerate(regressions)]
             mean, variance = (np.concatenate([item[n] for item in moments]) for n in range(2))
             bears = bool(bearers) and piece is bearers[-1]
-            self._put(piece, kernel[:, own], offset if bears else np.zeros_like(offset), mean, variance)
+            self._put(piece, kernel[:, own], offset if bears else None, mean, variance)
             start = stop
         explained = float(np.mean([item.explained for item in solved]))
         names = " + ".join(context.layer(piece.layer).name for piece in self.pieces)
         return f"{names}: {width} to {outputs * groups}, {explained:.4f} explained, strength {solved[0].strength:.0e}"
 
-    def _columns(self, layer: int) -> dict[int, Array]:
+    def _columns(self, layer: int, sources: Collection[int]) -> dict[int, Array]:
+        """What takes outputs of each source to those of the merged layer."""
         place, linear = self.place(layer), self.linear[layer]
-        rank = len(self.context.values[layer, place].shape)
-        found = self.context.columns(layer, place, rank + linear.axis)
-        return {source: linear.widened(matrix, self.context.values[layer, place].shape) for source, matrix in found.items()}
+        shape = self.context.values[layer, place].shape
+        found = self.context.several(layer, [(place, axis) for axis in linear.axes(shape)], sources)
+        return {source: linear.widened(matrix, shape) for source, matrix in found.items()}
 
     def _has_offset(self, piece: Piece) -> bool:
         return piece.chains[0].normal is not None or self.linear[piece.layer].bias
 
-    def _put(self, piece: Piece, matrix: Array, offset: Array, mean: Array, variance: Array) -> None:
+    def _bias(self, piece: Piece) -> Array | None:
+        """The bias that bears what is left over, as it is before."""
+        names = self.context.weights(piece.layer)
+        if piece.chains[0].normal is not None or "bias" not in names:
+            return None
+        return self.context.values[piece.layer, names["bias"]]
+
+    def _put(self, piece: Piece, matrix: Array, offset: Array | None, mean: Array, variance: Array) -> None:
+        """Set a layer; `offset` is None for one of several that leaves the offset to another."""
         context, layer = self.context, piece.layer
         place, names = self.place(layer), context.weights(layer)
         normal = piece.chains[0].normal
-        context.set(layer, place, self.linear[layer].kernel(matrix, context.values[layer, place].shape))
+        shape = context.values[layer, place].shape
+        context.set(layer, place, self.linear[layer].kernel(matrix, shape))
         if "bias" in names:
-            bias = offset if normal is None else np.zeros_like(offset)
-            context.set(layer, names["bias"], bias.reshape(context.values[layer, names["bias"]].shape))
+            bias = context.values[layer, names["bias"]]
+            if normal is not None or offset is None:
+                bias = np.zeros_like(bias)
+            else:
+                bias = self.linear[layer].offset(bias, offset, shape)
+            context.set(layer, names["bias"], bias)
         if normal is not None:
-            rebase(context, context.merged.graph.calls[normal].layer, mean, variance, offset)
+            rest = np.zeros_like(mean) if offset is None else offset
+            rebase(context, context.merged.graph.calls[normal].layer, mean, variance, rest)
+
+
+def kernel_place(context: Context, layer: int) -> int:
+    """Which of a linear layer's weights is its kernel."""
+    names = context.weights(layer)
+    return names["depthwise_kernel"] if "depthwise_kernel" in names else names["kernel"]
+
+
+def try_designs(context: Context) -> dict[int, str]:
+    """Hold every linear layer against the live one on a few inputs.
+
+    Returns:
+        Those that do something else than their configuration says, with a reason.
+    """
+    graph, linear, every = context.merged.graph, context.chains.linear, context.every
+    made = {layer: context.results(graph.calls_of(layer)[0])[0][1] for layer in linear}
+    given = {}
+    for layer, ref in made.items():
+        found = refs(every.merged.graph.calls[ref.call].arguments)[0]
+        given[layer] = Ref(found.call, found.output)
+    values = dict(zip(every.inputs, (array[:4] for array in context.source_tape.inputs(0)), strict=True))
+    every.run(values, [*made.values(), *given.values()])
+    refused: dict[int, str] = {}
+    for layer, ref in made.items():
+        names = context.weights(layer)
+        source, own = context.origin(layer).members[0]
+        if not {"kernel", "depthwise_kernel"} & set(names) or not set(names) <= {"kernel", "depthwise_kernel", "bias"}:
+            refused[layer] = "it holds other weights than its class has"
+            continue
+        kernel = context.stored(source, own, kernel_place(context, layer)).astype(np.float64)
+        bias = context.stored(source, own, names["bias"]).astype(np.float64) if "bias" in names else None
+        result = to_numpy(values[ref])
+        tolerance = 1e-3 if result.dtype.kind == "f" and result.dtype.itemsize >= 4 else 3e-2
+        if not agrees(linear[layer], to_numpy(values[given[layer]]), result, kernel, bias, tolerance):
+            refused[layer] = "it gives something else than its configuration says"
+    return refused
 
 
 def linear_tasks(context: Context) -> tuple[list[LinearTask], set[int]]:
     """Tasks for all linear layers, and the normalisations that they settle on the way."""
+    if context.refused is None:
+        context.refused = try_designs(context)
+    for layer in context.refused:
+        context.chains.linear.pop(layer, None)
     groups: dict[object, LinearTask] = {}
     absorbed: set[int] = set()
     graph = context.merged.graph
@@ -204,5 +362,26 @@ def linear_tasks(context: Context) -> tuple[list[LinearTask], set[int]]:
         key: object = ("layer", call.layer) if joins is None else ("sum", joins)
         task = groups.setdefault(key, LinearTask(context, []))
         task.pieces.append(Piece(call.layer, chains))
-        task.at = number
-    return list(groups.values()), absorbed
+        late = [ref.call for chain in chains for ref in chain.others if len(chains) == 1]
+        task.at = max(task.at, number, *late)
+    tasks = list(groups.values())
+    _see_private(context, tasks)
+    return tasks, absorbed
+
+
+def _see_private(context: Context, tasks: Sequence[LinearTask]) -> None:
+    """Sites for units that every source makes in a layer of its own, and that a shared layer reads."""
+    made: dict[int, list[tuple[Found, LinearTask]]] = {}
+    shared: set[int] = set()
+    for task in tasks:
+        private = context.origin(task.first.layer).role == "private"
+        for one in task.found():
+            source, ref, linear, places = one
+            if private:
+                for space, own in places.items():
+                    made.setdefault(space, []).append(((source, ref, linear, {space: own}), task))
+            else:
+                shared |= set(places)
+    for space, rows in made.items():
+        if space not in shared and not context.frame.spaces[space].fixed:
+            rows[0][1].more += side_by_side([one for one, _ in rows], len(context.frame.sources))

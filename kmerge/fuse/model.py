@@ -2,68 +2,300 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kmerge.calibration.network import Tape, open_network
+from kmerge.agreement import Agreement, ends_in_sigmoid, measure_agreement
+from kmerge.calibration.inputs import Inputs
+from kmerge.calibration.network import Network, Tape, open_network, to_numpy
 from kmerge.fuse.context import Context, Passes, Task
 from kmerge.fuse.linear import linear_tasks
-from kmerge.fuse.pairs import Frame
+from kmerge.fuse.pairing import assigned, correlations, transported, zipped
+from kmerge.fuse.pairs import Frame, Pair
+from kmerge.fuse.recurrent import recurrent_tasks
+from kmerge.fuse.repair import repair_tasks
 from kmerge.fuse.scale import scale_tasks
-from kmerge.fuse.units import clustered, is_ours, settled, unit_moments
-from kmerge.layout import Layout
+from kmerge.fuse.selection import selected
+from kmerge.fuse.units import Moments, clustered, is_ours, keeps_multiples, settled, unexplained, unit_moments
+from kmerge.fuse.widen import can_change, spent, widened
+from kmerge.graph import Ref, flatten
+from kmerge.layout import Layout, source_graph
+from kmerge.methods import METHODS
+from kmerge.methods.registry import Array
 from kmerge.plan import Plan
+from kmerge.progress import Progress
 from kmerge.spaces import layout_spaces
-from kmerge.surgery import merge_graphs
+from kmerge.surgery import Merged, merge_graphs
 
 MEMORY = 256 << 20
 """Bytes of activations that each of both networks may keep between two steps."""
+BATCH_BYTES = 2 << 20
+"""Bytes of inputs that are run at a time."""
+HELD_BACK = 5
+"""One input of so many chooses the strength of the regressions."""
+UNSEEN = 0.1
+"""Share of the inputs that measure the agreement and nothing else."""
 
 
-def run_fusion(layout: Layout, plan: Plan, inputs: Any, folder: Path, width: float, seed: int, log: Any = None, opts: Any = {}) -> Context:
-    sources, count = layout.sources, len(layout.sources)
-    merged = merge_graphs(layout, plan)
-    apart = replace(plan, outputs="heads", inputs="shared", layers=tuple(
-        replace(layer, role="shared" if layer.class_name == "InputLayer" else "private", method="") for layer in plan.layers))
-    every = open_network(merge_graphs(layout, apart), sources, None, folder, "sources")
-    shared = [n for n, layer in enumerate(plan.of_first) if layer.role == "shared" and layer.has_weights]
-    of_source = {n: frozenset(found.layers[s] for s in shared) for n, found in enumerate(layout.matches)}
-    spaces = layout_spaces(layout, shared)
-    frame = Frame(tuple(sources), spaces, tuple(space.size for space in spaces))
-    ours = [is_ours(frame, space, of_source) for space in spaces]
-    frame = Frame(tuple(sources), spaces, tuple(
-        max(1, round(space.size * width)) if mine and not space.fixed else space.size
-        for space, mine in zip(spaces, ours, strict=True)))
-    size = opts.get("batch", 100)
-    rows = len(inputs[0])
-    batches = [tuple(array[start : start + size] for array in inputs) for start in range(0, rows, size)]
-    held = [(np.arange(start, min(start + size, rows)) % 5) == 4 for start in range(0, rows, size)]
-    shares = plan.weights
-    context = Context(every, merged, frame, shares, Tape(every, batches, MEMORY), held, np.random.default_rng(seed))
-    linear, absorbed = linear_tasks(context)
-    tasks: list[Task] = sorted([*linear, *scale_tasks(context, absorbed)], key=lambda task: task.at)
-    moments = unit_moments(context, tasks)
-    for number, (space, mine) in enumerate(zip(spaces, ours, strict=True)):
-        if mine and number in moments and not space.fixed:
-            pair = clustered(frame, number, moments[number], True, context.rng)
-        else:
-            pair = settled(frame, space, mine, shares)
-        context.pairs.append(pair)
-    for layer, origin in enumerate(merged.layers):
-        if origin.members:
-            source, own = origin.members[0]
-            for place in range(len(sources[source].states[own].weights)):
-                places = [(n, number, place) for n, number in origin.members]
-                part = [shares[n] for n, _ in origin.members] if len(places) > 1 else [1.0]
-                context.values[layer, place] = frame.merged_weight(context.pairs, places, part)
-    context.own = open_network(merged, sources, context.values, folder, "merged")
-    context.merged_tape = Tape(context.own, batches, MEMORY)
-    for number, task in enumerate(tasks):
-        rest = tasks[number + 1 :]
-        line = task.run(Passes(context, task, frozenset(r for t in rest for r in t.sees), frozenset(r for t in rest for r in t.reads)))
-        if log: log(line)
-    return context
+@dataclass(frozen=True)
+class Fusion:
+    """What came of it.
+
+    Attributes:
+        merged: the merged graph, with wider layers where that was asked for.
+        values: its weights that were found, by (layer, place): what `kmerge.assembly.assemble` takes.
+        agreements: of each head with its source, on inputs that nothing was fitted to.
+        notes: what a reader should know.
+        log: what was done, line by line.
+    """
+
+    merged: Merged
+    values: Mapping[tuple[int, int], Array]
+    agreements: tuple[Agreement, ...]
+    notes: tuple[str, ...] = ()
+    log: tuple[str, ...] = ()
+
+
+def fuse_models(
+    layout: Layout,
+    plan: Plan,
+    inputs: Inputs,
+    folder: Path,
+    progress: Progress,
+    custom_objects: Mapping[str, Any] | None = None,
+    trusted: bool = False,
+) -> Fusion:
+    """Merge the trunk in function space: `fuse`, `align`, `zip` or `transport`, as the plan has it.
+
+    Args:
+        layout: the sources, laid over the first.
+        plan: roles and method.
+        inputs: unlabelled, at least 8; a tenth of them measures the agreement and is not fitted to.
+        folder: for temporary files.
+        progress: called with steps done and in all.
+        custom_objects: classes of custom layers, as for `keras.saving.load_model`.
+        trusted: whether all sources are the caller's own live models.
+
+    Raises:
+        MergeError: if Keras does not open the sources, or something is not finite.
+
+    Memory: the weights of all sources and of the merged model, 256 MB of activations for each of both networks, and
+    one layer's sums of products.
+    """
+    fitted, unseen = inputs.split(UNSEEN, plan.seed)
+    run = _Run(layout, plan, fitted, folder, progress, custom_objects, trusted)
+    context = run.solved()
+    return Fusion(
+        widened(context, merge_graphs(layout, plan)),
+        _moved(context, merge_graphs(layout, plan)),
+        _agreements(context, layout, plan, unseen),
+        tuple(run.notes),
+        tuple(run.log),
+    )
+
+
+class _Run:
+    """One fusion under way."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        plan: Plan,
+        inputs: Inputs,
+        folder: Path,
+        progress: Progress,
+        custom_objects: Mapping[str, Any] | None,
+        trusted: bool,
+    ) -> None:
+        self.layout, self.plan, self.inputs, self.progress = layout, plan, inputs, progress
+        self.notes: list[str] = []
+        self.log: list[str] = []
+        self.open: Callable[[Merged, Mapping[tuple[int, int], Array] | None, str], Network] = (
+            lambda merged, values, name: open_network(
+                merged, layout.sources, values, folder, name, custom_objects, trusted
+            )
+        )
+        self.method = next((layer.method for layer in plan.layers if layer.method), plan.method)
+        given = next((layer.options for layer in plan.layers if layer.method), plan.options)
+        self.options = {**METHODS[self.method].options, **given}
+
+    def solved(self) -> Context:
+        context = self._context()
+        tasks = self._tasks(context)
+        self.progress(1, len(tasks) + 2)
+        self._pair(context, tasks)
+        context.merged = widened(context, context.merged)
+        context.__dict__.pop("chains", None)
+        tasks = self._tasks(context)
+        context.values = _guess(context)
+        context.own = self.open(context.merged, context.values, "merged")
+        context.merged_tape = Tape(context.own, context.source_tape.batches, MEMORY)
+        self.progress(2, len(tasks) + 2)
+        for number, task in enumerate(tasks):
+            later = tasks[number + 1 :]
+            sees = frozenset(ref for other in later for ref in other.sees)
+            reads = frozenset(ref for other in later for ref in other.reads)
+            self.log.append(task.run(Passes(context, task, sees, reads)))
+            self.progress(number + 3, len(tasks) + 2)
+        return context
+
+    def _context(self) -> Context:
+        """Both graphs with one input and all heads, whatever is to be written in the end."""
+        layout, plan, inputs = self.layout, self.plan, self.inputs
+        merged = merge_graphs(layout, _with_shared_inputs(plan))
+        every = self.open(merge_graphs(layout, _apart(plan)), None, "sources")
+        shared = [number for number, layer in enumerate(plan.of_first) if layer.role == "shared" and layer.has_weights]
+        spaces = layout_spaces(layout, shared)
+        frame = Frame(layout.sources, spaces, tuple(space.size for space in spaces))
+        size = max(1, min(128, BATCH_BYTES // max(1, sum(array[:1].nbytes for array in inputs.arrays))))
+        batches = list(inputs.batches(size))
+        starts = np.cumsum([0, *(len(batch[0]) for batch in batches)])
+        held = [
+            np.arange(start, stop) % HELD_BACK == HELD_BACK - 1
+            for start, stop in zip(starts[:-1], starts[1:], strict=True)
+        ]
+        rng = np.random.default_rng(plan.seed)
+        return Context(every, merged, frame, plan.weights, Tape(every, batches, MEMORY), held, rng)
+
+    def _tasks(self, context: Context) -> list[Task]:
+        linear, absorbed = linear_tasks(context)
+        found: list[Task] = [*linear, *recurrent_tasks(context), *scale_tasks(context, absorbed)]
+        if self.method != "fuse":
+            private = [task for task in found if all(context.origin(n).role == "private" for n in task.layers)]
+            found = [*(private if self.options.get("refit") else [])]
+            found += repair_tasks(context) if self.options.get("repair") else []
+        return sorted(found, key=lambda task: task.at)
+
+    def _pair(self, context: Context, tasks: Sequence[Task]) -> None:
+        """Decide which units become one, and how many there are to be."""
+        frame, plan = context.frame, self.plan
+        shared = [number for number, layer in enumerate(plan.of_first) if layer.role == "shared" and layer.has_weights]
+        of_source = {n: frozenset(found.layers[s] for s in shared) for n, found in enumerate(self.layout.matches)}
+        ours = [is_ours(frame, space, of_source) for space in frame.spaces]
+        linear, absorbed = linear_tasks(context)
+        seen: Sequence[Task] = (
+            tasks if self.method == "fuse" else [*linear, *recurrent_tasks(context), *scale_tasks(context, absorbed)]
+        )
+        moments = unit_moments(context, seen)
+        free = [n for n, space in enumerate(frame.spaces) if ours[n] and n in moments and not space.fixed]
+        scaled = keeps_multiples(context, seen)
+        whole = {space for task in seen for site in task.sites() if not site.averaged for space in site.spaces}
+        if self.method == "fuse" and plan.width != 1:
+            changing = [number for number in free if can_change(context, number)]
+            rng = np.random.default_rng(plan.seed)
+
+            def loss(number: int, size: int) -> float:
+                return unexplained(frame, number, moments[number], scaled.get(number, False), size, rng)
+
+            context.frame = frame = replace(frame, sizes=spent(context, plan.width, changing, loss))
+            self._tell_width(context, free, changing)
+        context.pairs = [
+            self._paired(context, number, moments[number], scaled.get(number, False), number in whole)
+            if number in free
+            else settled(frame, space, ours[number], context.shares)
+            for number, space in enumerate(frame.spaces)
+        ]
+
+    def _paired(self, context: Context, number: int, moments: Moments, scaled: bool, whole: bool) -> Pair:
+        frame = context.frame
+        if self.method == "fuse" and whole:
+            return selected(frame, number, moments, context.shares)
+        if self.method == "fuse":
+            return clustered(frame, number, moments, scaled, context.rng)
+        likeness = correlations(moments.total, moments.products, moments.count)
+        if self.method == "zip":
+            return zipped(likeness, context.shares, frame.spaces[number].size)
+        if self.method == "transport":
+            return transported(likeness, context.shares, float(self.options["epsilon"]))
+        return assigned(likeness, context.shares, context.rng)
+
+    def _tell_width(self, context: Context, free: Sequence[int], changing: Sequence[int]) -> None:
+        left = len(free) - len(changing)
+        if left:
+            self.notes.append(
+                f"{left} of {len(free)} groups of units keep their number: what follows them counts on it, so the trunk "
+                "is widened elsewhere only"
+            )
+
+
+def _with_shared_inputs(plan: Plan) -> Plan:
+    layers = tuple(
+        replace(layer, role="shared") if layer.class_name == "InputLayer" else layer for layer in plan.layers
+    )
+    return replace(plan, inputs="shared", outputs="heads", layers=layers)
+
+
+def _apart(plan: Plan) -> Plan:
+    """All sources side by side on one input."""
+    layers = tuple(replace(layer, role="private", method="", options={}) for layer in plan.layers)
+    return _with_shared_inputs(replace(plan, layers=layers))
+
+
+def _guess(context: Context) -> dict[tuple[int, int], Array]:
+    """All weights of the merged network as merging and unmerging gives them."""
+    frame, found = context.frame, {}
+    for layer, origin in enumerate(context.merged.layers):
+        if not origin.members:
+            continue
+        source, own = origin.members[0]
+        shares = [context.shares[n] for n, _ in origin.members] if len(origin.members) > 1 else [1.0]
+        for place in range(len(frame.sources[source].states[own].weights)):
+            places = [(n, number, place) for n, number in origin.members]
+            found[layer, place] = frame.merged_weight(context.pairs, places, shares)
+    return found
+
+
+def _moved(context: Context, merged: Merged) -> dict[tuple[int, int], Array]:
+    """The weights under the numbers that their layers have in another graph of the same layers."""
+    own = {(origin.role, origin.members): number for number, origin in enumerate(context.merged.layers)}
+    by_layer: dict[int, list[tuple[int, Array]]] = {}
+    for (layer, place), value in context.values.items():
+        by_layer.setdefault(layer, []).append((place, value))
+    return {
+        (number, place): value
+        for number, origin in enumerate(merged.layers)
+        if origin.members and (origin.role, origin.members) in own
+        for place, value in by_layer.get(own[origin.role, origin.members], ())
+    }
+
+
+def _agreements(context: Context, layout: Layout, plan: Plan, unseen: Inputs) -> tuple[Agreement, ...]:
+    """What each head gives against its source, on inputs that were not fitted to."""
+    assert context.own is not None
+    merged_call = {pair: number for number, stands in enumerate(context.merged.calls) for pair in stands}
+    every_call = {pair: number for number, stands in enumerate(context.every.merged.calls) for pair in stands}
+    heads = []
+    for number, source in enumerate(layout.sources):
+        tensors = [ref for ref in flatten(source_graph(source).outputs) if isinstance(ref, Ref)]
+        names = context.merged.heads[source.label]
+        for ref, name in zip(tensors, names, strict=True):
+            theirs = Ref(every_call[number, ref.call], ref.output)
+            ours = Ref(merged_call[number, ref.call], ref.output)
+            heads.append((source, name, ref, theirs, ours))
+    given: list[tuple[list[Array], list[Array]]] = [([], []) for _ in heads]
+    for batch in unseen.batches(max(len(batch[0]) for batch in context.source_tape.batches)):
+        one = _outputs(context.every, batch, [head[3] for head in heads])
+        two = _outputs(context.own, batch, [head[4] for head in heads])
+        for (first, second), theirs_, ours_ in zip(given, one, two, strict=True):
+            first.append(theirs_)
+            second.append(ours_)
+    values = [(np.concatenate(first), np.concatenate(second)) for first, second in given]
+    synthetic = unseen.synthetic
+    if plan.outputs == "mean" and len({pair[0].shape for pair in values}) == 1 and len(heads) == len(layout.sources):
+        one_mean, two_mean = (np.tensordot(plan.weights, [pair[n] for pair in values], axes=1) for n in range(2))
+        binary = ends_in_sigmoid(source_graph(layout.first), heads[0][2])
+        return (measure_agreement("average", "average", one_mean, two_mean, synthetic, binary),)
+    return tuple(
+        measure_agreement(source.label, name, first, second, synthetic, ends_in_sigmoid(source_graph(source), ref))
+        for (source, name, ref, _, _), (first, second) in zip(heads, values, strict=True)
+    )
+
+
+def _outputs(network: Network, batch: Sequence[Array], wanted: Sequence[Ref]) -> list[Array]:
+    values = network.given(batch)
+    network.run(values, wanted)
+    return [to_numpy(values[ref]) for ref in wanted]

@@ -1,4 +1,4 @@
-"""Merge and unmerge: which unit of the merged network is made of which units of the sources, and weights brought there."""
+"""Merge and unmerge: which unit of the merged network is made of which of the sources', and weights brought there."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from kmerge.source import Source
 from kmerge.spaces import AxisUse, Space
 from kmerge.spaces.units import Labels
 
+LEAST_PART = 1e-3
+"""Share of a merged unit from which some sources alone can stand for it."""
 Place = tuple[int, int, int]
 """A weight of a source: (source, layer, weight) numbers."""
 
@@ -80,8 +82,22 @@ class Axis:
                 result[np.ix_(places[:, copy], merged[:, copy])] = values
         return result
 
+    def parts(self, pairs: Sequence[Pair], source: int, share: float) -> Array:
+        """How much of each merged unit comes from a source, shape (length,); sums to 1 over all sources.
 
-def arranged(places: Sequence[Labels], sizes: Sequence[int], length: int) -> tuple[int, list[Labels], Labels, Labels] | None:
+        It is the part of the merged unit that the source's own share of it makes up, by least squares.
+        """
+        result = np.zeros(self.length)
+        result[self.kept[1]] = share
+        for space, _, merged in self.blocks:
+            own = np.einsum("ik,ki->k", pairs[space].merge[source], pairs[space].unmerge[source])
+            result[merged] = np.maximum(own, 0)[:, None]
+        return result
+
+
+def arranged(
+    places: Sequence[Labels], sizes: Sequence[int], length: int
+) -> tuple[int, list[Labels], Labels, Labels] | None:
     """Where units stand on an axis when spaces change their sizes.
 
     Args:
@@ -185,18 +201,67 @@ class Frame:
             shares: importance of these sources where nothing else tells it, sums to 1.
         """
         result: Array | None = None
-        for place, share in zip(places, shares, strict=True):
+        total: Array = np.ones(())
+        for number, (place, share) in enumerate(zip(places, shares, strict=True)):
             source, layer, weight = place
             values = self.sources[source].states[layer].weights[weight].tensor.read().astype(np.float64)
             axes = {axis: found for axis in range(values.ndim) if (found := self.axis(place, axis)) is not None}
+            for pieces in self._pieces(place):
+                values = np.concatenate([_read(values, use, pairs[space], source) for space, use in pieces], -1)
+                values = np.moveaxis(values, -1, pieces[0][1].part[0][0])
             for axis, found in axes.items():
                 matrix = found.matrix(pairs, source, values.shape[axis], share)
-                if len(places) == 1 and found.merge:  # private: what it makes of merged units, but of its own alone
-                    total = matrix.sum(axis=0)
-                    matrix = matrix / np.where(total > 0, total, 1.0)
                 values = np.moveaxis(np.tensordot(values, matrix, axes=(axis, 0)), -1, axis)
-            if not any(found.merge for found in axes.values()):
+            made = [(axis, found) for axis, found in axes.items() if found.merge]
+            if not made:
                 values = share * values
+            elif len(made) > 1 or len(places) == 1:  # several parts multiplied, or one source's alone: brought to 1
+                part: Array = np.ones(())
+                for axis, found in made:
+                    shape = [-1 if axis == other else 1 for other in range(values.ndim)]
+                    part = part * found.parts(pairs, source, share).reshape(shape)
+                total = part if not number else total + part
             result = values if result is None else result + values
         assert result is not None
+        return np.where(total > LEAST_PART, result / np.maximum(total, LEAST_PART), 0.0)
+
+    @cached_property
+    def _parts(self) -> Mapping[Place, list[tuple[int, AxisUse]]]:
+        """Per weight, the spaces that parts of it read."""
+        found: dict[Place, list[tuple[int, AxisUse]]] = {}
+        for number, space in enumerate(self.spaces):
+            for use in space.axes:
+                if use.role == "input" and len(use.part) == 1:
+                    found.setdefault((use.source, use.layer, use.weight), []).append((number, use))
+        return found
+
+    def _pieces(self, place: Place) -> list[list[tuple[int, AxisUse]]]:
+        """Parts of a weight that read one space each, beside each other: the groups of a convolution."""
+        found: dict[int, list[tuple[int, AxisUse]]] = {}
+        for number, use in self._parts.get(place, ()):
+            found.setdefault(use.axis, []).append((number, use))
+        result = []
+        for pieces in found.values():
+            pieces.sort(key=lambda piece: piece[1].part[0][1])
+            ends = [0, *(use.part[0][2] for _, use in pieces)]
+            along = {use.part[0][0] for _, use in pieces}
+            whole = len(along) == 1 and ends == [use.part[0][1] for _, use in pieces] + ends[-1:]
+            plain = all(use.places.size == len(use.units) for _, use in pieces)
+            sizes = {self.sizes[number] * use.places.shape[1] for number, use in pieces}
+            if whole and plain and len(sizes) == 1 and ends[-1] == self.shape(place)[next(iter(along))]:
+                result.append(pieces)
         return result
+
+
+def _read(values: Array, use: AxisUse, pair: Pair, source: int) -> Array:
+    """A part of a weight that reads units, from merged ones; the axis that it is a part of comes last."""
+    ((along, start, stop),) = use.part
+    piece = np.take(values, np.arange(start, stop), axis=along)
+    matrix = np.zeros((len(use.units), pair.size * use.places.shape[1]))
+    copies = use.places.shape[1]
+    in_a_row = copies > 1 and np.array_equal(use.places.ravel(), np.arange(use.places.size))
+    for copy in range(copies):
+        columns = np.arange(pair.size) * copies + copy if in_a_row else copy * pair.size + np.arange(pair.size)
+        matrix[np.ix_(use.places[:, copy], columns)] = pair.unmerge[source].T
+    piece = np.moveaxis(np.tensordot(piece, matrix, axes=(use.axis, 0)), -1, use.axis)
+    return np.moveaxis(piece, along, -1)

@@ -1,8 +1,8 @@
-"""Normalisations: scale and offset of each channel, and the statistics of what the merged network really gives."""
+"""Normalisations and slopes: a number or two for each channel, by least squares from what they are given."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,9 +14,13 @@ from kmerge.fuse.chains import NORMALS
 from kmerge.fuse.context import Context, Passes, Site
 from kmerge.graph import Ref
 from kmerge.methods.registry import Array
+from kmerge.shapes.layers import inner_layer, is_keras
 
-SCALES = (*NORMALS, "LayerNormalization", "GroupNormalization", "RMSNormalization")
+SCALES = (*NORMALS, "LayerNormalization", "GroupNormalization", "RMSNormalization", "PReLU")
 _LEAST = 1e-12
+_LEAST_SLOPE = 1e-3
+_STILL = 1e-10
+"""Share of the largest variance below which a channel tells nothing of its slope."""
 
 
 def rebase(context: Context, layer: int, mean: Array, variance: Array, offset: Array) -> None:
@@ -37,17 +41,66 @@ def rebase(context: Context, layer: int, mean: Array, variance: Array, offset: A
         context.set(layer, names["beta"], offset + mean)
     else:
         mean = -offset
-    context.set(layer, names["moving_mean"], mean)
-    context.set(layer, names["moving_variance"], variance)
+    _put_statistics(context, layer, mean, variance)
+
+
+def _put_statistics(context: Context, layer: int, mean: Array, variance: Array) -> None:
+    """Statistics of BatchNormalization, with those that only its training looks at."""
+    names = context.weights(layer)
+    spread = np.sqrt(np.maximum(variance, 0))
+    for name, value in (
+        ("moving_mean", mean),
+        ("moving_variance", variance),
+        ("moving_stddev", spread),
+        ("renorm_mean", mean),
+        ("renorm_stddev", spread),
+    ):
+        if name in names:
+            context.set(layer, names[name], value)
+
+
+def unwrapped(context: Context, layer: int) -> tuple[str, Mapping[str, Any], int]:
+    """Class and configuration of a layer, or of the one in a TimeDistributed, and how many axes that puts in front."""
+    own = context.layer(layer)
+    if not is_keras(own.class_name, own.entry):
+        return "", {}, 0
+    inner = inner_layer(own.config) if own.class_name == "TimeDistributed" else None
+    return (own.class_name, own.config, 0) if inner is None else (*inner, 1)
+
+
+@dataclass(eq=False)
+class _Sums:
+    """Sums over rows, per channel: of what comes in, what should come out, and their products."""
+
+    x: Array
+    xx: Array
+    t: Array
+    xt: Array
+    count: Array
+
+    @classmethod
+    def empty(cls, size: int) -> _Sums:
+        return cls(*(np.zeros(size) for _ in range(5)))
+
+    def add(self, x: Array, target: Array, valid: Array) -> None:
+        self.x += valid * x.sum(axis=0)
+        self.xx += valid * (x * x).sum(axis=0)
+        self.t += valid * target.sum(axis=0)
+        self.xt += valid * (x * target).sum(axis=0)
+        self.count += valid * len(x)
 
 
 @dataclass(eq=False)
 class ScaleTask:
-    """One normalisation that no linear layer settles: least squares per channel, from what it normalises."""
+    """One normalisation that no linear layer settles, or a PReLU: least squares per channel, from what it is given."""
 
     context: Context
     layer: int
     at: int
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return (self.layer,)
 
     @cached_property
     def sees(self) -> tuple[Ref, ...]:
@@ -60,67 +113,132 @@ class ScaleTask:
     def sites(self) -> Sequence[Site]:
         return ()
 
+    @cached_property
+    def _place(self) -> int:
+        """A weight that has a number per channel."""
+        return next(iter(self.context.weights(self.layer).values()))
+
+    def _axes(self, rank: int) -> tuple[list[int], list[int]]:
+        """Axes of the tensor with numbers of their own, and those of the weight that they are."""
+        class_name, config, lead = unwrapped(self.context, self.layer)
+        if class_name == "PReLU":
+            sizes = self.context.values[self.layer, self._place].shape
+            own = [number for number, size in enumerate(sizes) if size > 1]
+            return [number + 1 + lead for number in own], own
+        given = config.get("axis", -1)
+        axes = [-1] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+        axes = [axis + lead if axis >= 0 else axis + rank for axis in axes]
+        return axes, list(range(len(axes)))
+
+    def _columns(self, axes: Sequence[int], sources: Collection[int]) -> dict[int, Array]:
+        return self.context.several(self.layer, [(self._place, axis) for axis in axes], sources)
+
     def run(self, passes: Passes) -> str:
         context, layer = self.context, self.layer
         assert context.own is not None
         names, live = context.weights(layer), context.own.layers[layer]
-        batch = context.layer(layer).class_name in NORMALS
-        columns = context.columns(layer, 0, 0)
-        axis = context.layer(layer).config.get("axis", -1)
-        axis = axis[0] if isinstance(axis, (list, tuple)) else axis
-        count, x1, x2, t1, xt = 0, *(np.zeros(next(iter(columns.values())).shape[1]) for _ in range(4))
+        class_name = unwrapped(context, layer)[0]
+        scale = next((name for name in ("gamma", "scale", "alpha") if name in names), None)
+        guess = {name: np.array(context.values[layer, place], dtype=np.float64) for name, place in names.items()}
+        if class_name not in (*NORMALS, "PReLU"):  # what comes in is what the layer gives without these
+            for name, value in (("gamma", 1.0), ("scale", 1.0), ("beta", 0.0)):
+                if name in names:
+                    context.set(layer, names[name], np.full_like(guess[name], value))
+        sums = _Sums.empty(guess[next(iter(names))].size)
+        given = _Sums.empty(len(sums.x))
         for theirs, ours, _ in passes:
             for call in context.calls(layer):
-                target: Any = sum(
-                    _rows(to_numpy(theirs[ref]), axis).astype(np.float64) @ columns[source]
-                    for source, ref in context.seen(call)
-                )
-                given = ours[context.input(call)]
-                x = _rows(to_numpy(given if batch else live(given)), axis).astype(np.float64)
-                x = x if batch else self._bare(names, x)
-                count += len(x)
-                x1, x2, t1, xt = x1 + x.sum(0), x2 + (x * x).sum(0), t1 + target.sum(0), xt + (x * target).sum(0)
-        mean, middle = x1 / count, t1 / count
-        variance = np.maximum(x2 / count - mean**2, 0)
-        slope = (xt / count - mean * middle) / np.maximum(variance, _LEAST)
-        if "beta" not in names and not batch:
-            slope = xt / np.maximum(x2, _LEAST)
-        if batch:
-            epsilon = float(context.layer(layer).config.get("epsilon", 1e-3))
-            context.set(layer, names["moving_mean"], mean)
-            context.set(layer, names["moving_variance"], variance)
-            if "gamma" in names:
-                context.set(layer, names["gamma"], slope * np.sqrt(variance + epsilon))
-            if "beta" in names:
-                context.set(layer, names["beta"], middle)
+                tensor = ours[context.input(call)]
+                axes, own = self._axes(len(tensor.shape))
+                seen = context.seen(call)
+                columns = self._columns(own, [source for source, _ in seen])
+                target = sum(_rows(to_numpy(theirs[ref]), axes).astype(np.float64) @ columns[n] for n, ref in seen)
+                valid = np.any([np.any(matrix != 0, axis=0) for matrix in columns.values()], axis=0).astype(np.float64)
+                whole = tensor if class_name in (*NORMALS, "PReLU") else live(tensor)
+                x = _rows(to_numpy(whole), axes).astype(np.float64)
+                given.add(x, x, np.ones(x.shape[1]))
+                if class_name == "PReLU":
+                    x, target = np.minimum(x, 0), target - np.maximum(x, 0)
+                sums.add(x, np.asarray(target), valid)
+        if class_name == "PReLU":
+            self._put_slope(sums, names["alpha"], guess["alpha"])
+        elif class_name in NORMALS:
+            self._put_batch(sums, given, names, guess)
         else:
-            scale = "gamma" if "gamma" in names else "scale"
-            if scale in names:
-                context.set(layer, names[scale], slope)
-            if "beta" in names:
-                context.set(layer, names["beta"], middle - (slope if scale in names else 1.0) * mean)
-        return f"{context.layer(layer).name}: scale of {len(mean)} channels"
+            self._put_scale(sums, names, guess, scale)
+        return f"{context.layer(layer).name}: {class_name} of {len(sums.x)} channels"
 
-    def _bare(self, names: dict[str, int], x: Array) -> Array:
-        """A result without the scale and offset that the layer has now."""
+    def _put_slope(self, sums: _Sums, place: int, guess: Array) -> None:
+        """PReLU: what comes out below zero against what comes in."""
+        told = sums.xx > _STILL * max(float(sums.xx.max(initial=0.0)), _LEAST)
+        slope = np.where(told, sums.xt / np.where(told, sums.xx, 1.0), guess.ravel())
+        self.context.set(self.layer, place, slope.reshape(guess.shape))
+
+    def _put_batch(self, sums: _Sums, given: _Sums, names: Mapping[str, int], guess: Mapping[str, Array]) -> None:
+        context, layer = self.context, self.layer
+        epsilon = float(unwrapped(context, layer)[1].get("epsilon", 1e-3))
+        own = guess["gamma"] if "gamma" in names else 1.0
+        known = own / np.sqrt(np.maximum(guess["moving_variance"], 0) + epsilon)
+        slope, middle, target = self._line(sums, np.asarray(known))
+        count = np.maximum(given.count, 1)
+        mean, variance = given.x / count, np.maximum(given.xx / count - (given.x / count) ** 2, 0)
+        if "gamma" in names:
+            context.set(layer, names["gamma"], slope * np.sqrt(variance + epsilon))
+        else:
+            slope = np.where(slope > _LEAST_SLOPE, slope, known)  # it cannot be negative, nor none
+            variance = np.maximum(1 / slope**2 - epsilon, 0)
+            slope = 1 / np.sqrt(variance + epsilon)
         if "beta" in names:
-            x = x - self.context.values[self.layer, names["beta"]]
-        scale = "gamma" if "gamma" in names else "scale"
-        if scale in names:
-            own = self.context.values[self.layer, names[scale]]
-            x = x / np.where(np.abs(own) > 1e-6, own, 1e-6)
-        return x
+            context.set(layer, names["beta"], target + slope * (mean - middle))
+        else:
+            mean = middle - np.where(np.abs(slope) > _LEAST, target / np.where(slope == 0, 1.0, slope), 0.0)
+        _put_statistics(context, layer, mean, variance)
+
+    def _put_scale(self, sums: _Sums, names: Mapping[str, int], guess: Mapping[str, Array], scale: str | None) -> None:
+        context, layer = self.context, self.layer
+        known = np.ones(len(sums.x)) if scale is None else guess[scale].ravel()
+        if "beta" in names:
+            slope, middle, target = self._line(sums, known)
+        else:
+            told = sums.xx > _STILL * max(float(sums.xx.max(initial=0.0)), _LEAST)
+            slope = np.where(told, sums.xt / np.where(told, sums.xx, 1.0), known)
+            middle = target = np.zeros_like(slope)
+        if scale is not None:
+            context.set(layer, names[scale], slope.reshape(guess[scale].shape))
+        else:
+            slope = np.ones_like(slope)
+        if "beta" in names:
+            context.set(layer, names["beta"], (target - slope * middle).reshape(guess["beta"].shape))
+
+    @staticmethod
+    def _line(sums: _Sums, known: Array) -> tuple[Array, Array, Array]:
+        """Slope, mean of what comes in and of what should come out; the known slope where nothing tells it."""
+        count = np.maximum(sums.count, 1)
+        middle, target = sums.x / count, sums.t / count
+        variance = sums.xx / count - middle**2
+        told = variance > _STILL * max(float(variance.max(initial=0.0)), _LEAST)
+        slope = np.where(told, (sums.xt / count - middle * target) / np.where(told, variance, 1.0), known.ravel())
+        return slope, middle, target
 
 
-def _rows(values: Array, axis: int) -> Array:
-    moved = np.moveaxis(values, axis, -1)
-    return moved.reshape(-1, moved.shape[-1])
+def _rows(values: Array, axes: Sequence[int]) -> Array:
+    """Values with some axes, in their order, as columns."""
+    moved = np.moveaxis(values, list(axes), list(range(values.ndim - len(axes), values.ndim)))
+    return moved.reshape(-1, int(np.prod([values.shape[axis] for axis in axes])))
 
 
 def scale_tasks(context: Context, absorbed: set[int]) -> list[ScaleTask]:
-    """Tasks for the normalisations that no linear layer settles."""
+    """Tasks for the normalisations that no linear layer settles, and for PReLU."""
     found: dict[int, ScaleTask] = {}
     for number, call in enumerate(context.merged.graph.calls):
-        if call.layer not in absorbed and context.layer(call.layer).class_name in SCALES and context.weights(call.layer):
-            found[call.layer] = ScaleTask(context, call.layer, number)
+        layer = call.layer
+        if layer not in absorbed and layer not in found and context.weights(layer):
+            class_name = unwrapped(context, layer)[0]
+            if class_name in SCALES and (class_name != "PReLU" or max(_shape(context, layer), default=1) > 1):
+                found[layer] = ScaleTask(context, layer, number)
     return list(found.values())
+
+
+def _shape(context: Context, layer: int) -> tuple[int, ...]:
+    source, own = context.origin(layer).members[0]
+    return tuple(context.frame.sources[source].states[own].weights[0].tensor.shape)

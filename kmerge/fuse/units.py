@@ -7,13 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kmerge.fuse.clusters import cluster_units
+from kmerge.dialects.vocabulary import RANDOM
+from kmerge.fuse.chains import NORMALS, activation_of
+from kmerge.fuse.clusters import cluster_units, distances
 from kmerge.fuse.context import Context, Site, Task
 from kmerge.fuse.pairs import Frame, Pair, by_position, from_first
+from kmerge.graph import Ref
 from kmerge.methods.registry import Array
 from kmerge.spaces import Space
 
 ROWS = 20_000
+_LEAST = 1e-12
 
 
 @dataclass(eq=False)
@@ -66,24 +70,127 @@ def clustered(frame: Frame, number: int, moments: Moments, scaled: bool, rng: np
         scaled: whether a unit's size means nothing, because what follows keeps multiples multiples (ReLU).
         rng: source of random numbers.
     """
-    space, size, count = frame.spaces[number], frame.sizes[number], len(frame.sources)
-    products = moments.products / max(moments.count, 1)
-    square = np.maximum(np.diagonal(products), 1e-12)
-    length = np.sqrt(square) if scaled else np.ones_like(square)
-    matters = importance(frame, space) * (square.reshape(count, -1) if scaled else 1.0)
-    matters = matters / np.maximum(matters.sum(axis=1, keepdims=True), 1e-300)
-    weights = matters.ravel() if matters.any() else np.ones(len(square))
-    labels = cluster_units(products / np.outer(length, length), weights, size, rng)
-    merge = np.zeros((len(square), size))
-    merge[np.arange(len(square)), labels] = weights + 1e-9 * weights.mean()
-    merge = merge / merge.sum(axis=0) / length[:, None]
-    made = np.einsum("ic,ij,jc->c", merge, products, merge, optimize=True)
-    with_made = np.einsum("ij,ji->i", products, merge[:, labels])
-    unmerge = np.zeros((size, len(square)))
-    unmerge[labels, np.arange(len(square))] = with_made / np.maximum(made[labels], 1e-12)
+    size, count = frame.sizes[number], len(frame.sources)
+    crowd = _crowd(frame, number, moments, scaled)
+    labels = cluster_units(crowd.likeness, crowd.weights, size, rng)
+    units = np.arange(len(labels))
+    merge = np.zeros((len(labels), size))
+    merge[units, labels] = crowd.weights + 1e-9 * crowd.weights.mean()
+    merge = merge / merge.sum(axis=0) / crowd.length[:, None]
+    made = np.einsum("ic,ij,jc->c", merge, crowd.products, merge, optimize=True)
+    with_made = np.einsum("ij,ji->i", crowd.products, merge[:, labels])
+    unmerge = np.zeros((size, len(labels)))
+    unmerge[labels, units] = with_made / np.maximum(made[labels], _LEAST)
     return Pair(
         merge.reshape(count, -1, size), np.ascontiguousarray(unmerge.reshape(size, count, -1).transpose(1, 0, 2))
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Crowd:
+    """Units of all sources as k-means sees them."""
+
+    products: Array
+    likeness: Array
+    length: Array
+    weights: Array
+
+
+def _crowd(frame: Frame, number: int, moments: Moments, scaled: bool) -> _Crowd:
+    products = moments.products / max(moments.count, 1)
+    square = np.maximum(np.diagonal(products), _LEAST)
+    length = np.sqrt(square) if scaled else np.ones_like(square)
+    matters = importance(frame, frame.spaces[number]) * (square.reshape(len(frame.sources), -1) if scaled else 1.0)
+    matters = matters / np.maximum(matters.sum(axis=1, keepdims=True), 1e-300)
+    weights = matters.ravel() if matters.any() else np.ones(len(square))
+    return _Crowd(products, products / np.outer(length, length), length, weights)
+
+
+def unexplained(
+    frame: Frame, number: int, moments: Moments, scaled: bool, size: int, rng: np.random.Generator
+) -> float:
+    """Share of what the units of a space do, by how much they matter, that is lost with so many clusters."""
+    crowd = _crowd(frame, number, moments, scaled)
+    labels = cluster_units(crowd.likeness, crowd.weights, min(size, len(crowd.weights)), rng)
+    lost = crowd.weights @ distances(crowd.likeness, crowd.weights, labels, int(labels.max()) + 1)[
+        np.arange(len(labels)), labels
+    ]
+    return float(lost / max(float(crowd.weights @ np.diagonal(crowd.likeness)), 1e-300))
+
+
+_SIGN_FREE = frozenset({"relu", "leaky_relu", "linear", None})
+"""Activations that give a positive multiple where they are given one."""
+_PASSES = (
+    "ReLU",
+    "LeakyReLU",
+    "PReLU",
+    "Flatten",
+    "Reshape",
+    "Permute",
+    "RepeatVector",
+    "Identity",
+    "ActivityRegularization",
+    "Add",
+    "Average",
+    "Subtract",
+    "Maximum",
+    "Concatenate",
+    *RANDOM,
+    *(f"{kind}Pooling{rank}D" for kind in ("Max", "Average", "GlobalMax", "GlobalAverage") for rank in (1, 2, 3)),
+    *(f"{kind}{rank}D" for kind in ("ZeroPadding", "Cropping", "UpSampling") for rank in (1, 2, 3)),
+)
+"""Layers that do the same."""
+
+
+def keeps_multiples(context: Context, tasks: Sequence[Task]) -> dict[int, bool]:
+    """Per space, whether a positive factor on one of its units can be taken back by the layers that read it."""
+    found: dict[int, bool] = {}
+    graph = context.merged.graph
+    for task in tasks:
+        sites = task.sites()
+        keeps = all(site.scaled for site in sites) and all(
+            _keeps(context, Ref(call)) and activation_of(graph.layers[layer]) in _SIGN_FREE
+            for layer in task.layers
+            for call in graph.calls_of(layer)
+        )
+        for site in sites:
+            for space in site.spaces:
+                found[space] = found.get(space, True) and keeps
+    return found
+
+
+def _keeps(context: Context, start: Ref) -> bool:
+    graph = context.merged.graph
+    waiting, seen = [start], {start}
+    while waiting:
+        for call in context.chains.readers.get(waiting.pop(), ()):
+            if call < 0:
+                return False
+            layer = graph.layers[graph.calls[call].layer]
+            config = layer.config
+            if layer.class_name in NORMALS or graph.calls[call].layer in context.chains.linear:
+                if layer.class_name in NORMALS:
+                    follow = True
+                else:
+                    continue
+            elif layer.class_name == "Activation" or layer.is_operation:
+                name = config.get("activation") if layer.class_name == "Activation" else layer.class_name.lower()
+                follow = name in _SIGN_FREE or name in ("add", "maxpool", "reshape")
+            elif layer.class_name == "ReLU":
+                follow = not config.get("max_value") and not config.get("threshold")
+            else:
+                follow = layer.class_name in _PASSES
+                if not follow and context.weights(graph.calls[call].layer):
+                    follow = layer.class_name.endswith(("LSTM", "GRU", "RNN")) or "Conv" in layer.class_name
+                    if follow:
+                        continue
+            if not follow:
+                return False
+            following = Ref(call)
+            if following not in seen:
+                seen.add(following)
+                waiting.append(following)
+    return True
 
 
 def is_ours(frame: Frame, space: Space, shared: Mapping[int, frozenset[int]]) -> bool:

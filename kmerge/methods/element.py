@@ -98,30 +98,3 @@ def median(stack: Array, *, weights: Array) -> Array:
         low = np.take_along_axis(ordered, np.argmax(below >= 0.5 - 1e-12, axis=0)[None], axis=0)[0]
         high = np.take_along_axis(ordered, np.argmax(below > 0.5 + 1e-12, axis=0)[None], axis=0)[0]
     return np.asarray(low - (low - high) / stack.dtype.type(2), dtype=stack.dtype)
-
-
-@method("align", paper="arXiv:2209.04836", scope="model", related_only=False)
-def align(stack: Array, *, weights: Array, seed: int = 0) -> Array:
-    """Bring the units of all sources into one order by their weights, then average.
-
-    Hidden units have no order of their own, so networks that were trained apart hold them in different ones. Every
-    source's units are permuted to match the others (coordinate descent over the feature spaces of the graph, one linear
-    assignment each; more than two sources are aligned to the mean of the others until stable), which changes no
-    source's function. What is left of a difference is averaged, so a merge of unrelated sources still loses accuracy.
-
-    Args:
-        stack: values of the permuted sources, shape (n, *shape), one row per source.
-        weights: importance, shape (n,), sums to 1.
-        seed: of the order in which spaces are visited.
-
-    Returns:
-        Merged value, shape (*shape), dtype of `stack`.
-
-    Departs from the paper: the descent starts from a walk that matches spaces along weights whose other axes are
-    settled; running statistics do not count; for more than two sources arXiv:2405.17897 inspired the common mean.
-
-    >>> align(np.array([[1., 2.], [3., 6.]]), weights=np.array([.5, .5]))
-    array([2., 4.])
-    """
-    del seed  # it has done its work before the stack was made
-    return mean(stack, weights=weights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,11 +24,14 @@ class Method:
         name: what users call it.
         function: takes `stack` (n, *shape), keyword `weights` (n,) summing to 1, and its options.
         summary: one sentence.
-        scope: "element": every entry by itself, so tensors are merged block by block.
-        needs: what it needs beside the stack.
+        scope: "element": every entry by itself, so tensors are merged block by block; "model": the units of the whole
+            model are brought together before there is a stack.
+        needs: what it needs beside the stack; "inputs" are calibration inputs, on which the sources are run.
         options: name of each option to its default.
         paper: where it comes from.
         related_only: whether it is worthless on sources without a common ancestor.
+        choices: allowed values of options that are words.
+        widens: whether it can make a trunk of another width than the sources'.
     """
 
     name: str
@@ -38,6 +42,17 @@ class Method:
     options: Mapping[str, Any] = field(default_factory=dict)
     paper: str = ""
     related_only: bool = True
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    widens: bool = False
+
+    def runs_models(self, options: Mapping[str, Any], given: bool = False) -> bool:
+        """Whether a merge by it runs the sources on calibration inputs.
+
+        Args:
+            options: of the method.
+            given: whether there are inputs to run them on.
+        """
+        return "inputs" in self.needs or ("by" in self.options and (given or options.get("by") == "activations"))
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -48,6 +63,8 @@ class Method:
             "options": dict(self.options),
             "source": self.paper,
             "for_related_sources_only": self.related_only,
+            "choices": {name: list(words) for name, words in self.choices.items()},
+            "width": self.widens,
             "description": inspect.getdoc(self.function) or "",
         }
 
@@ -56,7 +73,14 @@ METHODS: dict[str, Method] = {}
 
 
 def method(
-    name: str, *, paper: str, scope: str = "element", needs: frozenset[str] = frozenset(), related_only: bool = True
+    name: str,
+    *,
+    paper: str,
+    scope: str = "element",
+    needs: frozenset[str] = frozenset(),
+    related_only: bool = True,
+    choices: Mapping[str, tuple[str, ...]] | None = None,
+    widens: bool = False,
 ) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
     """Register a function as a merge method; its keyword arguments beyond `weights` and `labels` are its options."""
 
@@ -67,10 +91,34 @@ def method(
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY and key not in ("weights", "labels", *needs)
         }
         summary = (inspect.getdoc(function) or "").split("\n", 1)[0]
-        METHODS[name] = Method(name, function, summary, scope, needs, options, paper, related_only)
+        METHODS[name] = Method(
+            name, function, summary, scope, needs, options, paper, related_only, choices or {}, widens
+        )
         return function
 
     return register
+
+
+def check_options(method: Method, options: Mapping[str, Any]) -> None:
+    """Hold options against what the method takes.
+
+    Raises:
+        MethodError: if the value of one is of another kind, or out of range.
+    """
+    for name, value in options.items():
+        default = method.options.get(name)
+        if name in method.choices:
+            if value not in method.choices[name]:
+                raise MethodError(f"{method.name}: {name} is {value!r}: expected {' or '.join(method.choices[name])}.")
+        elif isinstance(default, bool):
+            if not isinstance(value, bool):
+                raise MethodError(f"{method.name}: {name} is {value!r}: expected true or false.")
+        elif isinstance(default, float):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 < value < math.inf:
+                raise MethodError(f"{method.name}: {name} is {value!r}: expected a number above 0.")
+        elif name == "seed" and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            raise MethodError(f"{method.name}: seed is {value!r}: expected a whole number of at least 0.")
 
 
 def get_method(name: str) -> Method:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kmerge.agreement import Agreement, warnings
+from kmerge.assembly import Values
 from kmerge.graph import Graph
 from kmerge.layout import source_graph
 from kmerge.plan import Plan
@@ -64,6 +66,7 @@ class Report:
         seconds: the whole run took.
         notes: what a reader should know.
         layers: sizes of the plan's layers, in its order.
+        agreement: of each head with its source, where that was measured.
     """
 
     plan: Plan
@@ -78,6 +81,13 @@ class Report:
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
     layers: tuple[LayerSize, ...] = ()
+    agreement: tuple[Agreement, ...] = ()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is wrong with the result, and what would help."""
+        fused = self.plan.calibration is not None
+        return tuple(warnings(self.agreement, fused))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON, as `kmerge combine --json` prints it."""
@@ -95,22 +105,38 @@ class Report:
             "merged": vars(self.merged),
             "separate": vars(self.separate),
             "ancestry": ancestry,
+            "agreement": [vars(item) for item in self.agreement],
+            "warnings": list(self.warnings),
             "notes": list(self.notes),
             "layers": json.loads(json.dumps([vars(layer) for layer in self.layers])),
             "plan": self.plan.to_dict(),
         }
 
 
-def graph_size(graph: Graph, states: Sequence[State], layers: set[int] | None = None) -> Size:
-    """Size of a network, or of some of its layers."""
+def graph_size(
+    graph: Graph, states: Sequence[State], layers: set[int] | None = None, values: Values | None = None
+) -> Size:
+    """Size of a network, or of some of its layers; `values` are weights that have other shapes than the states'."""
     chosen = set(range(len(graph.layers))) if layers is None else layers
-    weights = {number: [weight.tensor.shape for weight in state.weights] for number, state in enumerate(states)}
+    found = values or {}
+    weights = {
+        number: [
+            found[number, place].shape if (number, place) in found else weight.tensor.shape
+            for place, weight in enumerate(state.weights)
+        ]
+        for number, state in enumerate(states)
+    }
     costs = multiply_adds(graph, infer_shapes(graph), weights)
     weighted = {number for number in chosen if states[number].weights}
     calls = [number for number, call in enumerate(graph.calls) if call.layer in weighted]
     known = [costs.get(number) for number, call in enumerate(graph.calls) if call.layer in chosen]
     total = None if any(cost is None for cost in known) else sum(cost for cost in known if cost is not None)
-    parameters = sum(w.tensor.size for number in chosen for w in states[number].weights if is_parameter(w))
+    parameters = sum(
+        math.prod(shape)
+        for number in chosen
+        for weight, shape in zip(states[number].weights, weights[number], strict=True)
+        if is_parameter(weight)
+    )
     return Size(len(weighted), parameters, total, len(calls))
 
 
@@ -122,16 +148,22 @@ def merged_states(merged: Merged, sources: Sequence[Source]) -> list[State]:
     ]
 
 
-def merge_sizes(merged: Merged, sources: Sequence[Source]) -> dict[str, Size]:
-    """Sizes of the merged model, its shared and private parts, and the sources together."""
+def merge_sizes(merged: Merged, sources: Sequence[Source], values: Values | None = None) -> dict[str, Size]:
+    """Sizes of the merged model, its shared and private parts, and the sources together.
+
+    Args:
+        merged: the graph.
+        sources: that it was made from.
+        values: weights that were found otherwise than by merging, of whatever shape.
+    """
     states = merged_states(merged, sources)
     shared = {number for number, layer in enumerate(merged.layers) if layer.role == "shared"}
     separate = [graph_size(source_graph(source), source.states) for source in sources]
     macs = [size.multiply_adds for size in separate]
     return {
-        "merged": graph_size(merged.graph, states),
-        "shared": graph_size(merged.graph, states, shared),
-        "private": graph_size(merged.graph, states, set(range(len(merged.layers))) - shared),
+        "merged": graph_size(merged.graph, states, None, values),
+        "shared": graph_size(merged.graph, states, shared, values),
+        "private": graph_size(merged.graph, states, set(range(len(merged.layers))) - shared, values),
         "separate": Size(
             sum(size.layers for size in separate),
             sum(size.parameters for size in separate),

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from kmerge.report.facts import Report
-from kmerge.report.words import options_text, output_text, parameters_text, printable, summary_rows
+from kmerge.report.words import agreement_value, options_text, output_text, parameters_text, printable, summary_rows
 
 _STYLE = """
 :root { color-scheme: light dark;
@@ -47,11 +47,17 @@ def report_page(report: Report) -> str:
     title = "Merge of " + ", ".join(plan.labels)
     rows = [(name, value) for name, value in summary_rows(report)]
     settings = [("trunk", plan.trunk), ("inputs", plan.inputs), ("outputs", plan.outputs)]
+    if plan.keep is not None:
+        settings.append(("agreement to keep", f"{plan.keep:g}"))
+    if plan.calibration is not None:
+        settings.append(("seed", str(plan.seed)))
     settings.append(("shared layers", "frozen" if plan.freeze else "trainable as in the first source"))
     parts = [
         f"<h1>{_text(title)}</h1>",
         _facts([*rows, *settings]),
-        *_notes(report.notes),
+        *_list("Warnings", report.warnings),
+        *_agreement(report),
+        *_list("Notes", report.notes),
         "<h2>Layers</h2>",
         _layers(report),
         "<h2>Sources</h2>",
@@ -76,11 +82,26 @@ def _facts(rows: Iterable[tuple[str, str]]) -> str:
     return f"<table>\n<tbody>\n{lines}\n</tbody>\n</table>"
 
 
-def _notes(notes: Sequence[str]) -> list[str]:
-    if not notes:
+def _list(title: str, lines: Sequence[str]) -> list[str]:
+    if not lines:
         return []
-    items = "\n".join(f"<li>{_text(note)}</li>" for note in notes)
-    return ["<h2>Notes</h2>", f"<ul>\n{items}\n</ul>"]
+    items = "\n".join(f"<li>{_text(line)}</li>" for line in lines)
+    return [f"<h2>{_text(title)}</h2>", f"<ul>\n{items}\n</ul>"]
+
+
+def _agreement(report: Report) -> list[str]:
+    """Each head against its source."""
+    if not report.agreement:
+        return []
+    rows = [
+        _cell(item.label)
+        + _cell(item.output)
+        + _cell(agreement_value(item))
+        + _cell(f"{item.rows:,}", "number")
+        + _cell("made up" if item.synthetic else "given")
+        for item in report.agreement
+    ]
+    return ["<h2>Agreement with the sources</h2>", _table(["source", "output", "agreement", ">rows", "inputs"], rows)]
 
 
 def _layers(report: Report) -> str:

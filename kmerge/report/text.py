@@ -13,6 +13,7 @@ from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from kmerge.agreement import percent
 from kmerge.report.comparison import Comparison, LayerComparison
 from kmerge.report.facts import Report
 from kmerge.report.inspection import Inspection, LayerFacts
@@ -173,9 +174,12 @@ def comparison_view(found: Comparison, paths: Sequence[str]) -> list[Part]:
     else:
         trunk = "none"
         sentences.append("No trunk can be shared: every source has to stay whole.")
-    if found.ancestry.related is False:
-        trunk = "none"
+    if trunk == "none":
         sentences.append("Kept whole in one file, every source works as before:")
+    elif found.ancestry.related is False:
+        sentences.append("The method auto fuses what they compute, best on inputs of yours, given with --data FILE.")
+        sentences.append("With --trunk none every source is kept whole in one file, and works as before.")
+        sentences.append("To fuse them:")
     else:
         sentences.append("Next:")
     flag = f" --trunk {shlex.quote(trunk)}" if trunk else ""
@@ -210,11 +214,18 @@ def methods_view(methods: Sequence[Mapping[str, Any]]) -> list[Part]:
             "method": item["name"],
             "what it does": item["summary"],
             "options": _options(item["options"]),
+            "needs": ", ".join(item["needs"]),
             "for": "one ancestor" if item["for_related_sources_only"] else "any sources",
         }
         for item in methods
     ]
-    table = _Sheet(rows, [["method", "~what it does", "~options", "for"]])
+    table = _Sheet(
+        rows,
+        [
+            ["method", "~what it does", "~options", "needs", "for"],
+            ["method", "~what it does", "~options", "~needs", "~for"],
+        ],
+    )
     return [table, "", Text("kmerge methods NAME tells more; --method NAME chooses one.")]
 
 
@@ -224,7 +235,8 @@ def method_view(item: Mapping[str, Any]) -> list[Part]:
         ("method", item["name"]),
         ("works on", _SCOPES.get(item["scope"], item["scope"])),
         ("for", "sources with a common ancestor" if item["for_related_sources_only"] else "any sources"),
-        ("needs", ", ".join(item["needs"]) or "nothing but the sources"),
+        ("needs", ", ".join(_NEEDS.get(need, need) for need in item["needs"]) or "nothing but the sources"),
+        ("width", "any: --width 1.5 makes the trunk half as wide again" if item["width"] else ""),
         ("options", _options(item["options"]) or "none"),
         ("source", _paper(item["source"])),
     ]
@@ -252,6 +264,7 @@ def _explained(description: str, wanted: Sequence[str]) -> tuple[list[str], dict
     return paragraphs, {name: options[name] for name in wanted if name in options}
 
 
+_NEEDS = {"inputs": "unlabelled inputs (--data; made up where none are given)"}
 _SCOPES = {
     "element": "every entry of a weight by itself",
     "tensor": "one weight at a time",
@@ -264,7 +277,7 @@ def _options(options: Mapping[str, Any]) -> str:
 
 
 def _paper(source: str) -> str:
-    return f"https://arxiv.org/abs/{source.removeprefix('arXiv:')}" if source.startswith("arXiv:") else source
+    return source.replace("arXiv:", "https://arxiv.org/abs/")
 
 
 def _layer_table(found: Inspection) -> Part:
@@ -310,6 +323,12 @@ def _merge_parts(merge: Mapping[str, Any]) -> Iterable[Part]:
     weights = plan.get("weights")
     if isinstance(weights, list) and len({str(weight) for weight in weights}) > 1:
         decided.append("weights " + ", ".join(f"{w:.3g}" if isinstance(w, float) else str(w) for w in weights))
+    width = plan.get("width")
+    if isinstance(width, float) and width != 1:
+        decided.append(f"width {width:g}")
+    calibration = plan.get("calibration")
+    if isinstance(calibration, Mapping):
+        decided.append(f"calibrated on {calibration.get('inputs', '')}")
     yield ""
     yield Text(printable(f"merged by kmerge {merge.get('kmerge', '')}: {', '.join(decided)}"))
     rows: list[Row] = []
@@ -325,6 +344,12 @@ def _merge_parts(merge: Mapping[str, Any]) -> Iterable[Part]:
                     "digest": printable(digest_text(str(item.get("digest", "")))),
                 }
             )
+    measured = merge.get("agreement")
+    for item in measured if isinstance(measured, list) else []:
+        if isinstance(item, Mapping) and isinstance(item.get("value"), float):
+            where = "made-up inputs" if item.get("synthetic") else "inputs"
+            what = f"agreement of {item.get('output', '')} with its source: {percent(item['value'])}"
+            yield Text(printable(f"{what} ({item.get('measure', '')}, on {item.get('rows', '')} {where})"))
     end = [">size", "~digest"]
     yield _Sheet(rows, [["source", "file", *end], ["~source", "~file", *end]])
 

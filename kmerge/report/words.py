@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # so that an error can be said without loading what it is about
+    from kmerge.agreement import Agreement
     from kmerge.report.facts import LayerSize, Report, Size
     from kmerge.similarity import Ancestry
 
@@ -82,8 +83,45 @@ def method_text(report: Report) -> str:
     text = ", ".join(used)
     if len(set(report.plan.weights)) > 1:
         text += " with weights " + ", ".join(f"{weight:.3g}" for weight in report.plan.weights)
+    if report.plan.width != 1:
+        text += f", {report.plan.width:g} times as wide as a source"
     looked = ancestry_text(report.ancestry)
     return f"{text}; {looked}" if looked else text
+
+
+_MEASURES = {"decisions": "of decisions", "correlation": "correlation"}
+
+
+def agreement_value(item: Agreement) -> str:
+    """97.3 % of decisions, or 98.1 % correlation."""
+    from kmerge.agreement import percent
+
+    return f"{percent(item.value)} {_MEASURES[item.measure]}"
+
+
+def agreement_text(report: Report) -> str:
+    """How well each head agrees with its source, or why nobody knows."""
+    found = report.agreement
+    if found:
+        kinds = {item.measure for item in found}
+        if len(kinds) == 1:
+            from kmerge.agreement import percent
+
+            values = ", ".join(f"{item.output} {percent(item.value)}" for item in found)
+            values += f" ({_MEASURES[found[0].measure]})"
+        else:
+            values = ", ".join(f"{item.output} {agreement_value(item)}" for item in found)
+        rows = " and ".join(dict.fromkeys(f"{item.rows:,}" for item in found))
+        made_up = any(item.synthetic for item in found)
+        held = " held-back" if report.plan.calibration is not None else ""
+        return f"{values}, on {rows}{held} inputs" + (", made up" if made_up else "")
+    if not any(layer.method for layer in report.plan.layers):
+        return "exact: no weights were merged"
+    if report.output is None and report.bytes == 0 and report.plan.calibration is not None:
+        return "not measured: this was a dry run"
+    if not report.heads:
+        return "not measured: weights without a graph cannot be run"
+    return "not measured (give inputs with --data)"
 
 
 def heads_text(report: Report) -> str:
@@ -116,7 +154,9 @@ def summary_rows(report: Report) -> list[tuple[str, str]]:
         ("all parameters", share_text(report.merged.parameters, report.separate.parameters, count)),
         ("multiply-adds", share_text(report.merged.multiply_adds, report.separate.multiply_adds, count)),
         ("method", method_text(report)),
+        *([("calibrated on", report.plan.calibration.inputs)] if report.plan.calibration else []),
         ("heads", heads_text(report)),
+        ("agreement", agreement_text(report)),
         end,
     ]
 

@@ -1,0 +1,164 @@
+"""Arrays of which some rows are read: in memory, in a `.npy`, in a member of an `.npz`. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import zipfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from kmerge.errors import FormatError, UnsafeFileError
+from kmerge.methods.registry import Array
+from kmerge.store.rawio import special, why_unreadable
+
+_BLOCK = 1 << 22
+_NPY, _ZIP = b"\x93NUMPY", (b"PK\x03\x04", b"PK\x05\x06")
+_VERSIONS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+class Column(ABC):
+    """An array whose rows are read when they are asked for."""
+
+    shape: tuple[int, ...]
+
+    @abstractmethod
+    def take(self, rows: Array) -> Array:
+        """Some rows, by ascending number."""
+
+
+@dataclass(frozen=True, eq=False)
+class Held(Column):
+    """An array in memory, or mapped into it."""
+
+    shape: tuple[int, ...]
+    array: Array
+
+    @classmethod
+    def of(cls, array: Array) -> Held:
+        return cls(array.shape, array)
+
+    def take(self, rows: Array) -> Array:
+        return np.asarray(self.array[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class Member(Column):
+    """An array in an `.npz`, read from front to back and never held as a whole."""
+
+    shape: tuple[int, ...]
+    path: Path
+    name: str
+
+    def take(self, rows: Array) -> Array:
+        what = f"'{self.name}' in {self.path.name}"
+        with _opened(self.path) as archive, archive.open(f"{self.name}.npy") as file:
+            shape, fortran, dtype = _header(file, what)
+            if fortran:
+                whole = _read(file, math.prod(shape) * dtype.itemsize, what)
+                return np.ndarray(shape, dtype, whole, order="F")[rows]
+            width = math.prod(shape[1:]) * dtype.itemsize
+            step = max(1, _BLOCK // max(1, width))
+            parts = []
+            for start in range(0, int(rows[-1]) + 1, step):
+                count = min(step, shape[0] - start)
+                block = np.ndarray((count, *shape[1:]), dtype, _read(file, count * width, what))
+                first, last = np.searchsorted(rows, (start, start + count))
+                parts.append(block[rows[first:last] - start])
+            return np.concatenate(parts)
+
+
+def open_stored(path: str | os.PathLike[str]) -> Column | Mapping[str, Column]:
+    """What a `.npy` or `.npz` holds, told by content; no value is read yet.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The array of a `.npy`, or the arrays of an `.npz` by name.
+
+    Raises:
+        FormatError: the file is missing, damaged or something else.
+        UnsafeFileError: it holds pickled objects.
+    """
+    path = Path(path)
+    try:
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode):
+            what = "folder" if stat.S_ISDIR(mode) else special(mode)
+            raise FormatError(f"{path} is a {what}: expected a .npz or .npy with inputs.")
+        with path.open("rb") as file:
+            head = file.read(6)
+            file.seek(0)
+            if head == _NPY:
+                shape, fortran, dtype = _header(file, path.name)
+                offset = file.tell()
+                if path.stat().st_size < offset + math.prod(shape) * dtype.itemsize:
+                    raise FormatError(f"{path.name} is cut short: its header tells of shape {shape}. Write it again.")
+                if 0 in shape or not shape:
+                    return Held.of(np.zeros(shape, dtype))
+                return Held.of(np.memmap(path, dtype, "r", offset, shape, "F" if fortran else "C"))
+    except OSError as error:
+        raise FormatError(why_unreadable(path, error)) from None
+    if not head.startswith(_ZIP):
+        raise FormatError(
+            f"{path.name} is neither an .npz nor a .npy: write inputs with np.savez('{path.stem}.npz', x=x)."
+        )
+    return _members(path)
+
+
+def _members(path: Path) -> dict[str, Column]:
+    members: dict[str, Column] = {}
+    with _opened(path) as archive:
+        for item in archive.namelist():
+            if not item.endswith(".npy"):
+                raise FormatError(
+                    f"{path.name} holds '{item}', which is no array: expected an .npz as np.savez writes it."
+                )
+            name = item.removesuffix(".npy")
+            with archive.open(item) as file:
+                shape, _, _ = _header(file, f"'{name}' in {path.name}")
+            members[name] = Member(shape, path, name)
+    return members
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, OSError) as error:
+        raise FormatError(f"{path.name} cannot be read as an .npz ({error}): write it again with np.savez.") from error
+
+
+def _header(file: IO[bytes], what: str) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    try:
+        version = np.lib.format.read_magic(file)
+        if version not in _VERSIONS:
+            raise ValueError(f"version {version}")
+        shape, fortran, dtype = _VERSIONS[version](file)
+        if any(size < 0 for size in shape):
+            raise ValueError(f"shape {shape}")
+    except (ValueError, TypeError, SyntaxError, OverflowError) as error:
+        raise FormatError(f"{what} is no array that NumPy reads ({error}): write it again.") from error
+    if dtype.hasobject:
+        raise UnsafeFileError(
+            f"{what} holds pickled Python objects, which kmerge never opens: write an array of numbers or strings, "
+            "with all rows of one shape."
+        )
+    return shape, fortran, dtype
+
+
+def _read(file: IO[bytes], count: int, what: str) -> bytes:
+    data = file.read(count)
+    if len(data) < count:
+        raise FormatError(f"{what} is cut short: {count - len(data):,} bytes are missing. Write it again.")
+    return data

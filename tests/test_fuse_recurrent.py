@@ -1,0 +1,205 @@
+"""Recurrent layers in function space: gates as Keras has them, and what a merged layer remembers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kmerge import merge_models
+from kmerge.fuse.cells import Cell
+from kmerge.fuse.recurrent import Part, Sequences
+from kmerge.fuse.selection import greedy
+
+keras = pytest.importorskip("keras")
+layers = keras.layers
+
+CELLS = {
+    "simple": lambda **more: layers.SimpleRNN(4, bias_initializer="normal", **more),
+    "simple without bias": lambda **more: layers.SimpleRNN(4, activation="relu", use_bias=False, **more),
+    "lstm": lambda **more: layers.LSTM(4, bias_initializer="normal", **more),
+    "lstm of other functions": lambda **more: layers.LSTM(
+        4, activation="softsign", recurrent_activation="hard_sigmoid", **more
+    ),
+    "gru": lambda **more: layers.GRU(4, bias_initializer="normal", **more),
+    "gru without bias": lambda **more: layers.GRU(4, use_bias=False, **more),
+    "gru as it was": lambda **more: layers.GRU(4, reset_after=False, bias_initializer="normal", **more),
+}
+
+
+def numbers(*shape: int, seed: int = 0) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def part_of(layer: Any) -> tuple[Part, Any]:
+    cell = Cell.of(layer.cell)
+    assert cell is not None
+    weights = [np.asarray(keras.ops.convert_to_numpy(weight)) for weight in layer.weights]
+    part = Part(cell, (0, 1, 2 if len(weights) > 2 else None), layer.go_backwards)
+    return part, part.weights(lambda place: weights[place])
+
+
+# ---- cells
+
+
+@pytest.mark.parametrize("name", CELLS)
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_cell_does_what_the_layer_of_keras_does(name: str, backwards: bool) -> None:
+    keras.utils.set_random_seed(1)
+    layer = CELLS[name](return_sequences=True, return_state=True, go_backwards=backwards)
+    x, mask = numbers(3, 5, 2), np.array([[1, 1, 1, 1, 1], [1, 0, 1, 1, 0], [0, 0, 1, 1, 1]], dtype=bool)
+    states = [numbers(3, 4, seed=seed) for seed in range(2 if "lstm" in name else 1)]
+    expected = [np.asarray(value) for value in layer(x, mask=mask, initial_state=states)]
+    part, weights = part_of(layer)
+    turn = slice(None, None, -1 if backwards else 1)
+    trace = part.cell.run(weights, x[:, turn], mask[:, turn], states)
+    counts = mask[:, turn]
+    assert trace.after[counts] == pytest.approx(expected[0][counts], abs=1e-5)
+    assert trace.last == pytest.approx(expected[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_gates_are_linear_in_what_they_are_said_to_be(name: str) -> None:
+    keras.utils.set_random_seed(1)
+    layer = CELLS[name]()
+    x = numbers(3, 5, 2)
+    layer(x)
+    part, weights = part_of(layer)
+    trace = part.cell.run(weights, x)
+    made = np.zeros_like(trace.gates)
+    for block in part.cell.blocks(4):
+        if block.inputs:
+            made[..., block.gates] += x @ weights.kernel[:, block.columns] + weights.bias[block.columns]
+        if block.state:
+            made[..., block.gates] += getattr(trace, block.state) @ weights.recurrent[:, block.columns]
+            made[..., block.gates] += weights.inner[block.columns]
+    assert made == pytest.approx(trace.gates, abs=1e-5)
+
+
+def test_only_picked_steps_are_told_of() -> None:
+    layer = layers.LSTM(4)
+    x = numbers(3, 5, 2)
+    layer(x)
+    part, weights = part_of(layer)
+    whole, some = (
+        Sequences(x, None, ()).run(part.cell, weights, picked) for picked in (None, np.array([[4, 0], [1, 2], [3, 3]]))
+    )
+    assert np.array_equal(some.after[0], whole.after[0, [4, 0]])
+    assert np.array_equal(some.gates[1], whole.gates[1, [1, 2]])
+    assert np.array_equal(some.last, whole.after[:, -1])
+
+
+# ---- selection
+
+
+def test_of_two_equal_units_one_is_kept() -> None:
+    values = numbers(50, 3)
+    doubled = np.concatenate([values, values[:, ::-1]], axis=1)
+    kept = greedy(np.cov(doubled.T), np.eye(6), 3)
+    assert sorted({0: 0, 1: 1, 2: 2, 3: 2, 4: 1, 5: 0}[unit] for unit in kept.tolist()) == [0, 1, 2]
+
+
+# ---- layers
+
+
+def sequence_model(middle: list[Any], classes: int = 3) -> Any:
+    head = [layers.Dense(6, activation="relu"), layers.Dense(classes, name="head")]
+    return keras.Sequential([keras.Input((6, 3)), *middle, *head])
+
+
+MODELS = {
+    "stacked": lambda: [
+        layers.LSTM(5, return_sequences=True, bias_initializer="normal"),
+        layers.GRU(4, reset_after=False, go_backwards=True),
+    ],
+    "masked, both ways": lambda: [
+        layers.Masking(),
+        layers.Bidirectional(layers.GRU(4, return_sequences=True, bias_initializer="normal")),
+        layers.RNN(layers.LSTMCell(4)),
+    ],
+    "both ways, summed": lambda: [
+        layers.Bidirectional(
+            layers.SimpleRNN(4, return_sequences=True),
+            backward_layer=layers.SimpleRNN(4, return_sequences=True, go_backwards=True),
+            merge_mode="sum",
+        ),
+        layers.GlobalAveragePooling1D(),
+    ],
+}
+
+
+def made(name: str, seed: int) -> Any:
+    keras.utils.set_random_seed(seed)
+    return sequence_model(MODELS[name]())
+
+
+def masked(count: int) -> np.ndarray[Any, Any]:
+    """Sequences that end at different steps."""
+    x = numbers(count, 6, 3)
+    for row, length in enumerate(np.random.default_rng(1).integers(2, 7, count)):
+        x[row, length:] = 0
+    return x
+
+
+def twin(model: Any) -> Any:
+    """The same function with the units of each recurrent layer in another order."""
+    found = keras.models.clone_model(model)
+    order: Any = slice(None)
+    for old, new in zip(model.layers, found.layers, strict=True):
+        kernel, *rest = old.get_weights()
+        kernel = kernel[order]
+        order = slice(None)
+        if len(rest) > 1:
+            units = len(rest[0])
+            order = np.random.default_rng(2).permutation(units)
+            columns = np.concatenate([order + start for start in range(0, kernel.shape[1], units)])
+            kernel, rest = kernel[:, columns], [rest[0][order][:, columns], rest[1][..., columns]]
+        new.set_weights([kernel, *rest])
+    return found
+
+
+def fused(models: list[Any], x: np.ndarray[Any, Any], folder: Path, **more: Any) -> list[np.ndarray[Any, Any]]:
+    """What each head of the merged model gives."""
+    paths = {}
+    for label, model in zip("abc", models, strict=False):
+        paths[label] = folder / f"{label}.keras"
+        model.save(paths[label])
+    given = {"method": "fuse", "data": x, "samples": len(x), **more}
+    merged = merge_models(paths, **(given if given["method"] == "fuse" else {"method": given["method"]}))
+    outputs = merged(x)
+    return [np.asarray(outputs[label]) for label in paths]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_and_its_twin_give_the_original_function(name: str, tmp_path: Path) -> None:
+    model, x = made(name, 1), masked(120)
+    other = twin(model) if name == "stacked" else keras.models.clone_model(model)
+    if name != "stacked":
+        other.set_weights(model.get_weights())
+    expected = np.asarray(model(x))
+    assert np.asarray(other(x)) == pytest.approx(expected, abs=1e-5)
+    for output in fused([model, other], x, tmp_path):
+        assert output == pytest.approx(expected, abs=1e-4)
+
+
+def test_unlike_models_agree_better_than_with_their_mean(tmp_path: Path) -> None:
+    models, x = [made("stacked", seed) for seed in (1, 2)], numbers(120, 6, 3)
+    expected = [np.asarray(model(x)) for model in models]
+
+    def error(outputs: list[np.ndarray[Any, Any]]) -> float:
+        assert all(np.isfinite(output).all() for output in outputs)
+        return float(np.mean([np.mean((one - two) ** 2) for one, two in zip(outputs, expected, strict=True)]))
+
+    assert error(fused(models, x, tmp_path)) < 0.5 * error(fused(models, x, tmp_path, method="mean"))
+
+
+def test_a_private_layer_learns_to_read_merged_states(tmp_path: Path) -> None:
+    """Each source's own GRU is fitted to what the merged LSTM gives."""
+    models, x = [made("stacked", seed) for seed in (1, 2)], numbers(120, 6, 3)
+    names = [layer.name for layer in models[0].layers[1:]]
+    outputs = fused(models, x, tmp_path, private=names)
+    for output, model in zip(outputs, models, strict=True):
+        expected = np.asarray(model(x))
+        assert np.mean((output - expected) ** 2) < 0.5 * expected.var()
