@@ -21,6 +21,7 @@ from kmerge.engine import merge_tensors
 from kmerge.fuse.attention import choose_groups
 from kmerge.fuse.design import agrees, linear_rows
 from kmerge.fuse.model import Fusion, fuse_models
+from kmerge.fuse.ridge import Regression
 from kmerge.layout import lay_out
 from kmerge.output import create_output
 from kmerge.planning import make_plan
@@ -330,6 +331,22 @@ def test_what_cannot_be_fitted_is_that_of_the_first_source_and_told_of() -> None
         assert "--private odd" in notes[0]
 
 
+def test_steps_that_wait_for_all_calls_of_a_layer() -> None:
+    """The layer that is called twice is solved behind the private ones that stand before its second call."""
+
+    def recipe(b: Any, x: Any) -> Any:
+        y = b.Dense(6, activation="relu", name="tower")(x)
+        return b.Dense(3, name="top")(b.Dense(8, activation="relu", name="middle")(y))
+
+    case = case_of("order", recipe, F(5))
+    with ExitStack() as stack:
+        source, _ = opened(case, stack)
+        roles = [("tower", "private"), ("middle", "shared")]
+        fusion, _ = fused([source, stranger(source, "b", 1)], case.inputs(ROWS), roles=roles)
+        names = [line.partition(":")[0] for line in fusion.log]
+        assert names.index("middle") > names.index("b_tower")
+
+
 # ---- designs, where TensorFlow does not run the layer
 
 
@@ -357,6 +374,17 @@ def test_channels_first_is_channels_last_turned(class_name: str) -> None:
 @pytest.mark.parametrize("equation", ["abc,ac->ab", "aac,cd->aad", "abc,cd->ad", "abc,ade->abd"])
 def test_equations_that_are_no_layer_in_rows(equation: str) -> None:
     assert linear_rows("EinsumDense", {"equation": equation}, 3) is None
+
+
+def test_rows_that_are_not_finite_are_left_out() -> None:
+    """A text of nothing but padding has no mean: what it gives is not a number, in the sources and in Keras alike."""
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal((40, 3)), rng.standard_normal((3, 2))
+    y = x @ kernel
+    x[3], y[7] = np.nan, np.inf
+    fit = Regression(3, 2)
+    fit.add(x, y, np.arange(40) % 5 == 4)
+    np.testing.assert_allclose(fit.solve(np.zeros((3, 2)), True).kernel, kernel, atol=1e-5)
 
 
 # ---- heads

@@ -91,7 +91,7 @@ def _interpolation(new: int, old: int) -> Array:
 
 
 def _exposed(random: Random, values: Array) -> Array:
-    """Images with another brightness and contrast each; a third as they are, some as negatives."""
+    """Images with another brightness and contrast each; a third keep their full contrast."""
     rows = len(values)
     contrast = np.where(random.random(rows) < 0.35, 1, random.uniform(0.3, 1, rows)).astype(np.float32)
     rest = (random.random(rows).astype(np.float32) * (1 - contrast))[:, None, None, None]

@@ -19,7 +19,7 @@ from kmerge.fuse.chains import Chain
 from kmerge.fuse.context import Context, Passes, Site
 from kmerge.fuse.design import DenseRows
 from kmerge.fuse.linear import LEAST_ROWS, ROWS_PER_COLUMN, Columns, side_by_side
-from kmerge.fuse.ridge import Regression
+from kmerge.fuse.ridge import Regression, whole_rows
 from kmerge.graph import Ref, refs
 from kmerge.methods.registry import Array
 from kmerge.shapes.calls import inputs_of
@@ -321,6 +321,8 @@ class _Gram:
         return cls(np.zeros(width), np.zeros(outputs), np.zeros((width, width)), crosses, np.zeros(outputs))
 
     def add(self, x: Array, y: Array) -> None:
+        told = whole_rows(x, y)
+        x, y = x[told], y[told]
         self.x += x.sum(axis=0)
         self.y += y.sum(axis=0)
         self.xx += x.T @ x

@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from kmerge.calibration.network import Network, Tape
-from kmerge.fuse.chains import Chains
+from kmerge.calibration.network import BEFORE, Network, Tape
+from kmerge.fuse.blend import Function, function_of
+from kmerge.fuse.chains import Chains, activation_of
 from kmerge.fuse.pairs import LEAST_PART, Frame, Pair
 from kmerge.graph import Layer, Ref, refs
 from kmerge.methods.registry import Array
@@ -189,6 +190,26 @@ class Context:
     def results(self, call: int) -> list[tuple[int, Ref]]:
         """What a merged call gives before its own activation, in each source."""
         return [(source, self.every.target(self._counterparts[source, own])) for source, own in self.merged.calls[call]]
+
+    def follows(self, ref: Ref) -> Function | None:
+        """The activation function that follows a tensor of the sources; None where it is not known."""
+        graph = self.every.merged.graph
+        if ref.output == BEFORE:
+            layer = graph.layers[graph.calls[ref.call].layer]
+            return function_of(activation_of(layer), layer.config)
+        readers = self._every_chains.readers.get(ref, ())
+        if len(readers) != 1 or readers[0] < 0:
+            return function_of("linear", {})
+        layer = graph.layers[graph.calls[readers[0]].layer]
+        if layer.class_name == "Activation":
+            return function_of(activation_of(layer), layer.config)
+        if layer.class_name in ("ReLU", "LeakyReLU", "ELU", "Softmax", "PReLU") or layer.is_operation:
+            return function_of(layer.class_name, layer.config)
+        return function_of("linear", {})
+
+    @cached_property
+    def _every_chains(self) -> Chains:
+        return Chains(self.every.merged)
 
     def columns(self, layer: int, place: int, axis: int, sources: Collection[int] | None = None) -> dict[int, Array]:
         """What takes an axis of a layer's weight to the merged network, per source.

@@ -13,7 +13,7 @@ from kmerge.calibration.network import to_numpy
 from kmerge.fuse.chains import Chain
 from kmerge.fuse.context import Context, Passes, Site
 from kmerge.fuse.design import Linear, agrees
-from kmerge.fuse.ridge import Regression, Solution
+from kmerge.fuse.ridge import Regression, Solution, whole_rows
 from kmerge.fuse.scale import rebase
 from kmerge.graph import Ref, refs
 from kmerge.methods.registry import Array
@@ -56,7 +56,8 @@ class LinearSite(Site):
         for space, places in self.blocks.items():
             parts = [arrays[number][chosen][:, places[self.sources[number]]] for number in order]
             stacked = np.concatenate(parts, axis=1)  # (rows, sources * units, copies)
-            yield space, stacked.transpose(0, 2, 1).reshape(-1, stacked.shape[1])
+            found = stacked.transpose(0, 2, 1).reshape(-1, stacked.shape[1])
+            yield space, found[whole_rows(found)]
 
 
 Found = tuple[int, Ref, Linear, Mapping[int, Array]]

@@ -10,17 +10,32 @@ from typing import Any
 import numpy as np
 
 from kmerge.agreement import Agreement, ends_in_sigmoid, measure_agreement
+from kmerge.calibration.enrich import crossed
 from kmerge.calibration.inputs import Inputs
 from kmerge.calibration.network import Network, Tape, open_network, to_numpy
+from kmerge.fuse.attention import attention_tasks
+from kmerge.fuse.blend import blended
 from kmerge.fuse.context import Context, Passes, Task
 from kmerge.fuse.linear import linear_tasks
+from kmerge.fuse.order import in_order
+from kmerge.fuse.other import other_tasks
 from kmerge.fuse.pairing import assigned, correlations, transported, zipped
 from kmerge.fuse.pairs import Frame, Pair
 from kmerge.fuse.recurrent import recurrent_tasks
 from kmerge.fuse.repair import repair_tasks
 from kmerge.fuse.scale import scale_tasks
 from kmerge.fuse.selection import selected
-from kmerge.fuse.units import Moments, clustered, is_ours, keeps_multiples, settled, unexplained, unit_moments
+from kmerge.fuse.unfitted import held_spaces, unfitted
+from kmerge.fuse.units import (
+    Moments,
+    clustered,
+    is_ours,
+    keeps_multiples,
+    samples_of,
+    settled,
+    unexplained,
+    unit_moments,
+)
 from kmerge.fuse.widen import can_change, spent, widened
 from kmerge.graph import Ref, flatten
 from kmerge.layout import Layout, source_graph
@@ -37,6 +52,11 @@ BATCH_BYTES = 2 << 20
 """Bytes of inputs that are run at a time."""
 HELD_BACK = 5
 """One input of so many chooses the strength of the regressions."""
+import os
+
+ENOUGH = int(os.environ.get("ENOUGH", 2000))
+"""Inputs below which more are made out of pairs of them."""
+BLEND = True
 UNSEEN = 0.1
 """Share of the inputs that measure the agreement and nothing else."""
 
@@ -127,7 +147,7 @@ class _Run:
         context = self._context()
         tasks = self._tasks(context)
         self.progress(1, len(tasks) + 2)
-        self._pair(context, tasks)
+        self._pair(context)
         context.merged = widened(context, context.merged)
         context.__dict__.pop("chains", None)
         tasks = self._tasks(context)
@@ -141,6 +161,7 @@ class _Run:
             reads = frozenset(ref for other in later for ref in other.reads)
             self.log.append(task.run(Passes(context, task, sees, reads)))
             self.progress(number + 3, len(tasks) + 2)
+        self.notes += unfitted(context, self._every(context))
         return context
 
     def _context(self) -> Context:
@@ -152,35 +173,47 @@ class _Run:
         spaces = layout_spaces(layout, shared)
         frame = Frame(layout.sources, spaces, tuple(space.size for space in spaces))
         size = max(1, min(128, BATCH_BYTES // max(1, sum(array[:1].nbytes for array in inputs.arrays))))
-        batches = list(inputs.batches(size))
-        starts = np.cumsum([0, *(len(batch[0]) for batch in batches)])
-        held = [
-            np.arange(start, stop) % HELD_BACK == HELD_BACK - 1
-            for start, stop in zip(starts[:-1], starts[1:], strict=True)
-        ]
         rng = np.random.default_rng(plan.seed)
+        batches, held = [], []
+        for batch in inputs.batches(size):
+            batches.append(batch)
+            held.append(np.arange(len(batch[0])) % HELD_BACK == HELD_BACK - 1)
+        if self.method == "fuse" and inputs.rows < ENOUGH:
+            for batch in crossed(inputs, ENOUGH - inputs.rows, rng).batches(size):
+                batches.append(batch)
+                held.append(np.zeros(len(batch[0]), dtype=bool))
         return Context(every, merged, frame, plan.weights, Tape(every, batches, MEMORY), held, rng)
 
-    def _tasks(self, context: Context) -> list[Task]:
+    def _every(self, context: Context) -> list[Task]:
+        """A step for each layer that can be fitted."""
         linear, absorbed = linear_tasks(context)
-        found: list[Task] = [*linear, *recurrent_tasks(context), *scale_tasks(context, absorbed)]
+        return [
+            *linear,
+            *recurrent_tasks(context),
+            *scale_tasks(context, absorbed),
+            *attention_tasks(context),
+            *other_tasks(context),
+        ]
+
+    def _tasks(self, context: Context) -> list[Task]:
+        """The steps that the method takes, in order."""
+        found = self._every(context)
         if self.method != "fuse":
             private = [task for task in found if all(context.origin(n).role == "private" for n in task.layers)]
-            found = [*(private if self.options.get("refit") else [])]
+            found = [*private] if self.options.get("refit") else []
             found += repair_tasks(context) if self.options.get("repair") else []
-        return sorted(found, key=lambda task: task.at)
+        return in_order(context, found)
 
-    def _pair(self, context: Context, tasks: Sequence[Task]) -> None:
+    def _pair(self, context: Context) -> None:
         """Decide which units become one, and how many there are to be."""
         frame, plan = context.frame, self.plan
         shared = [number for number, layer in enumerate(plan.of_first) if layer.role == "shared" and layer.has_weights]
         of_source = {n: frozenset(found.layers[s] for s in shared) for n, found in enumerate(self.layout.matches)}
         ours = [is_ours(frame, space, of_source) for space in frame.spaces]
-        linear, absorbed = linear_tasks(context)
-        seen: Sequence[Task] = (
-            tasks if self.method == "fuse" else [*linear, *recurrent_tasks(context), *scale_tasks(context, absorbed)]
-        )
+        seen = self._every(context)
         moments = unit_moments(context, seen)
+        for number in held_spaces(context, seen):
+            moments.pop(number, None)
         free = [n for n, space in enumerate(frame.spaces) if ours[n] and n in moments and not space.fixed]
         scaled = keeps_multiples(context, seen)
         whole = {space for task in seen for site in task.sites() if not site.averaged for space in site.spaces}
@@ -194,18 +227,22 @@ class _Run:
             context.frame = frame = replace(frame, sizes=spent(context, plan.width, changing, loss))
             self._tell_width(context, free, changing)
         context.pairs = [
-            self._paired(context, number, moments[number], scaled.get(number, False), number in whole)
+            self._paired(context, seen, number, moments[number], scaled.get(number, False), number in whole)
             if number in free
             else settled(frame, space, ours[number], context.shares)
             for number, space in enumerate(frame.spaces)
         ]
 
-    def _paired(self, context: Context, number: int, moments: Moments, scaled: bool, whole: bool) -> Pair:
+    def _paired(
+        self, context: Context, seen: Sequence[Task], number: int, moments: Moments, scaled: bool, whole: bool
+    ) -> Pair:
         frame = context.frame
         if self.method == "fuse" and whole:
             return selected(frame, number, moments, context.shares)
         if self.method == "fuse":
-            return clustered(frame, number, moments, scaled, context.rng)
+            pair = clustered(frame, number, moments, scaled, context.rng)
+            samples = samples_of(context, seen, moments) if BLEND else None
+            return pair if samples is None else blended(frame, number, samples, pair, context.shares)
         likeness = correlations(moments.total, moments.products, moments.count)
         if self.method == "zip":
             return zipped(likeness, context.shares, frame.spaces[number].size)

@@ -42,7 +42,7 @@ class EmbeddingTask:
         context, found = self.context, list[Found]()
         if context.origin(self.layer).role != "shared":
             return ()
-        members, place = dict(context.origin(self.layer).members), context.weights(self.layer)["embeddings"]
+        members, place = dict(context.origin(self.layer).members), 0
         for call in context.calls(self.layer):
             if is_reversed(context, call):
                 continue
@@ -242,9 +242,9 @@ def other_tasks(context: Context) -> list[EmbeddingTask | SeparableTask | ScoreT
         if call.layer in found or not names or not is_keras(own.class_name, own.entry):
             continue
         if own.class_name in EMBEDDINGS:
-            tied = "reverse_embeddings" not in names
             back = any(is_reversed(context, other) for other in graph.calls_of(call.layer))
-            if set(names) <= {"embeddings", "reverse_embeddings"} and not (tied and back):
+            plain = "embeddings" in names or own.class_name == "ReversibleEmbedding"  # whose weights have no names
+            if plain and len(names) <= 2 and not (len(names) == 1 and back):
                 found[call.layer] = EmbeddingTask(context, call.layer, number)
         elif own.class_name in ("SeparableConv1D", "SeparableConv2D"):
             spread = _spread(own.class_name, own.config)

@@ -6,7 +6,7 @@ fewer rows than columns are the rows kept instead, and the same solution is foun
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,6 +18,15 @@ _FEW = STRENGTHS[1::2]
 """Those that are tried where every one takes a factorisation."""
 _WIDE = 1024
 """Columns from which eigenvalues take longer than a few factorisations."""
+
+
+def whole_rows(*arrays: Array) -> Array:
+    """Which rows are finite in all arrays, shape (rows,): a mean over nothing, as of a text of padding, is not."""
+    found = np.ones(len(arrays[0]), dtype=bool)
+    for array in arrays:
+        if not np.isfinite(array.sum()):
+            found &= np.isfinite(array).reshape(len(array), -1).all(axis=1)
+    return found
 
 
 @dataclass(eq=False)
@@ -104,6 +113,9 @@ class Regression:
             targets: shape (rows, q).
             held: which rows are held back, shape (rows,), bool.
         """
+        told = whole_rows(inputs, targets)
+        if not told.all():
+            inputs, targets, held = inputs[told], targets[told], held[told]
         self._rows += len(inputs)
         if self._sums is None:
             self._kept.append((inputs, targets, held))
@@ -234,7 +246,9 @@ def _offset(sums: Sums, kernel: Array, intercept: bool) -> Array:
     return np.asarray((sums.y - sums.x @ kernel) / sums.count)
 
 
-def _dual(inputs: Array, targets: Array, intercept: bool) -> tuple[Array, tuple[Array, Array], tuple[Array, Array], float]:
+def _dual(
+    inputs: Array, targets: Array, intercept: bool
+) -> tuple[Array, tuple[Array, Array], tuple[Array, Array], float]:
     """Products of rows with rows, decomposed: targets in it, (eigenvalues, vectors), (mean input, mean target), scale."""
     middle = (
         (inputs.mean(axis=0), targets.mean(axis=0))

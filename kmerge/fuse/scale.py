@@ -12,6 +12,7 @@ import numpy as np
 from kmerge.calibration.network import to_numpy
 from kmerge.fuse.chains import NORMALS
 from kmerge.fuse.context import Context, Passes, Site
+from kmerge.fuse.ridge import whole_rows
 from kmerge.graph import Ref
 from kmerge.methods.registry import Array
 from kmerge.shapes.layers import inner_layer, is_keras
@@ -156,10 +157,13 @@ class ScaleTask:
                 valid = np.any([np.any(matrix != 0, axis=0) for matrix in columns.values()], axis=0).astype(np.float64)
                 whole = tensor if class_name in (*NORMALS, "PReLU") else live(tensor)
                 x = _rows(to_numpy(whole), axes).astype(np.float64)
+                target = np.asarray(target)
+                told = whole_rows(x, target)
+                x, target = x[told], target[told]
                 given.add(x, x, np.ones(x.shape[1]))
                 if class_name == "PReLU":
                     x, target = np.minimum(x, 0), target - np.maximum(x, 0)
-                sums.add(x, np.asarray(target), valid)
+                sums.add(x, target, valid)
         if class_name == "PReLU":
             self._put_slope(sums, names["alpha"], guess["alpha"])
         elif class_name in NORMALS:

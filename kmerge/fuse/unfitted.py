@@ -7,7 +7,16 @@ from collections.abc import Collection, Iterable
 from kmerge.dialects.vocabulary import RANDOM
 from kmerge.fuse.context import Context, Task
 
-_KEPT = ("Normalization", "StringLookup", "IntegerLookup", "TextVectorization", "Discretization", "PReLU")
+_KEPT = (
+    "Normalization",
+    "StringLookup",
+    "IntegerLookup",
+    "TextVectorization",
+    "Discretization",
+    "STFTSpectrogram",
+    "MelSpectrogram",
+    "PReLU",
+)
 """Classes whose weights mean the same in every source, and PReLU with one slope for all."""
 
 

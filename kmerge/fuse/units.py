@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from kmerge.dialects.vocabulary import RANDOM
+from kmerge.fuse.blend import Sample
 from kmerge.fuse.chains import NORMALS, activation_of
 from kmerge.fuse.clusters import cluster_units, distances
 from kmerge.fuse.context import Context, Site, Task
@@ -17,16 +18,24 @@ from kmerge.methods.registry import Array
 from kmerge.spaces import Space
 
 ROWS = 20_000
+"""Rows of each site whose products are summed."""
+SAMPLE = 4_000
+"""Rows of each site that are kept."""
 _LEAST = 1e-12
 
 
 @dataclass(eq=False)
 class Moments:
-    """Sums over rows for one space: values of all sources' units, (sources * units,), and their products."""
+    """Sums over rows for one space: values of all sources' units, (sources * units,), and their products.
+
+    Attributes:
+        samples: some rows of each site, by its number.
+    """
 
     total: Array
     products: Array
     count: int = 0
+    samples: dict[int, list[Array]] = field(default_factory=dict)
 
     def add(self, values: Array) -> None:
         values = values.astype(np.float64)
@@ -41,12 +50,28 @@ def unit_moments(context: Context, tasks: Sequence[Task]) -> dict[int, Moments]:
     wanted = tuple(dict.fromkeys(ref for site in sites for ref in site.tensors))
     result: dict[int, Moments] = {}
     for values in context.source_tape.passes(wanted, ()):
-        for site in sites:
+        for number, site in enumerate(sites):
             for space, rows in site.views(values, ROWS / context.examples, context.rng):
                 size = rows.shape[1]
                 found = result.setdefault(space, Moments(np.zeros(size), np.zeros((size, size))))
                 found.add(rows)
+                kept = context.rng.random(len(rows)) < SAMPLE / ROWS
+                found.samples.setdefault(number, []).append(rows[kept].astype(np.float32))
     return result
+
+
+def samples_of(context: Context, tasks: Sequence[Task], moments: Moments) -> list[Sample] | None:
+    """Sampled rows of each site of a space with the activation that follows; None where one is not known."""
+    sites = [site for task in tasks for site in task.sites()]
+    found = []
+    for number, rows in moments.samples.items():
+        functions = {id(function): function for ref in sites[number].tensors if (function := context.follows(ref))}
+        if not functions or any(context.follows(ref) is None for ref in sites[number].tensors):
+            return None
+        values = np.concatenate(rows)
+        if len(values) > 8:
+            found.append(Sample(values, next(iter(functions.values()))))
+    return found
 
 
 def importance(frame: Frame, space: Space) -> Array:
@@ -112,9 +137,10 @@ def unexplained(
     """Share of what the units of a space do, by how much they matter, that is lost with so many clusters."""
     crowd = _crowd(frame, number, moments, scaled)
     labels = cluster_units(crowd.likeness, crowd.weights, min(size, len(crowd.weights)), rng)
-    lost = crowd.weights @ distances(crowd.likeness, crowd.weights, labels, int(labels.max()) + 1)[
-        np.arange(len(labels)), labels
-    ]
+    lost = (
+        crowd.weights
+        @ distances(crowd.likeness, crowd.weights, labels, int(labels.max()) + 1)[np.arange(len(labels)), labels]
+    )
     return float(lost / max(float(crowd.weights @ np.diagonal(crowd.likeness)), 1e-300))
 
 
@@ -204,7 +230,7 @@ def is_ours(frame: Frame, space: Space, shared: Mapping[int, frozenset[int]]) ->
 
 def means_the_same(space: Space) -> bool:
     """Whether fixed units mean the same at the same place in every source: outputs of the networks, and their inputs."""
-    return space.reason.startswith(("output of", "input "))
+    return space.reason.startswith(("output of", "input ", "positions in"))
 
 
 def settled(frame: Frame, space: Space, ours: bool, shares: Sequence[float]) -> Pair:

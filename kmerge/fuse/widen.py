@@ -31,7 +31,8 @@ _ANY = (
     *(f"DepthwiseConv{rank}D" for rank in (1, 2)),
 )
 """Classes that take the number of units from what they are given."""
-_COUNTED = ("Reshape", "RepeatVector", "Normalization", "Rescaling", "GroupNormalization", "MultiHeadAttention")
+_ATTENTION = ("MultiHeadAttention", "GroupQueryAttention", "GroupedQueryAttention")
+_COUNTED = ("Reshape", "RepeatVector", "Normalization", "Rescaling", "GroupNormalization", *_ATTENTION)
 STEPS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 8.0)
 """Widths of a space that are tried, as multiples of a source's."""
 
