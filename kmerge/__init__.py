@@ -12,6 +12,7 @@ from kmerge.version import __version__
 if TYPE_CHECKING:
     from kmerge.api import combine, compare, inspect, merge_models
     from kmerge.errors import (
+        DataError,
         FormatError,
         GraphError,
         KmergeError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METHODS",
+    "DataError",
     "FormatError",
     "GraphError",
     "KmergeError",

@@ -33,6 +33,14 @@ from kmerge.spaces import derive_spaces
 ROWS = 64
 
 
+@pytest.fixture(autouse=True)
+def plain(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without more inputs and blends, which cost most of the time and are tested where `enriched` says so."""
+    if "enriched" not in request.keywords:
+        monkeypatch.setattr("kmerge.fuse.model.ENOUGH", 0)
+        monkeypatch.setattr("kmerge.fuse.model.samples_of", lambda *_: None)
+
+
 def F(*shape: int) -> zoo.Spec:
     return zoo.F(*shape)
 

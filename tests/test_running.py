@@ -1,12 +1,13 @@
 """Merges that run their models: how methods, inputs and the trunk are chosen, and what is said of the result.
 
-`fuse_models` itself is stood in for here: it takes the mean, and its agreement falls with the length of the trunk.
+Where a test asks for `fake`, `fuse_models` is stood in for: it takes the mean, and its agreement falls with the length
+of the trunk. The last tests run it in earnest.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ import pytest
 
 import kmerge
 from kmerge.agreement import Agreement
+from kmerge.calibration.inputs import Inputs
+from kmerge.fuse.model import UNSEEN
 from kmerge.plan import Calibration, Plan
 from kmerge.surgery import merge_graphs
 
@@ -344,3 +347,64 @@ def test_live_models_are_merged_and_measured(fake: Fake, caplog: pytest.LogCaptu
     fake.loss = 0.5
     kmerge.merge_models([build(0), build(1)], data=x)
     assert any("part of what the sources know is lost" in record.message for record in caplog.records)
+
+
+# ---- in earnest: three tasks, nothing in common but the digits
+
+
+def digits(paths: list[Path], load_task: Callable[..., Any]) -> np.ndarray:
+    """What the networks learned from, 300 rows of it, without labels."""
+    return np.concatenate([load_task(path.stem, held_back=False)[0][:100] for path in paths])
+
+
+def decisions(path: Path, x: np.ndarray) -> dict[str, np.ndarray]:
+    import keras
+
+    found = keras.saving.load_model(path, compile=False)(x)
+    outputs = found if isinstance(found, dict) else {path.stem: found}
+    return {name: np.asarray(values).argmax(-1) for name, values in outputs.items()}
+
+
+def stored_agreement(path: Path) -> Any:
+    with h5py.File(path) as file:
+        return json.loads(file.attrs["kmerge"])["agreement"]
+
+
+@pytest.mark.parametrize("family", ["mlp", "cnn"])
+def test_networks_that_were_trained_apart_are_fused(
+    family: str,
+    fixtures_dir: Path,
+    load_task: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On the digits that it knows, each head decides as its source does, and nearly so on those of the others."""
+    monkeypatch.setattr("kmerge.fuse.model.ENOUGH", 0)
+    paths = [fixtures_dir / f"{family}_{label}.h5" for label in "abc"]
+    x = digits(paths, load_task)
+    report = kmerge.combine(paths, tmp_path / "o.h5", data=x)
+    assert report.plan.method == "fuse"
+    assert [item.label for item in report.agreement] == [path.stem for path in paths]
+    assert stored_agreement(tmp_path / "o.h5") == report.to_dict()["agreement"]
+    _, unseen = Inputs((x,), np.full(len(x), -1)).split(UNSEEN, report.plan.seed)
+    merged = decisions(tmp_path / "o.h5", unseen.arrays[0])
+    for path, item in zip(paths, report.agreement, strict=True):
+        assert (item.measure, item.rows, item.synthetic) == ("decisions", unseen.rows, False)
+        assert item.value == np.mean(merged[path.stem] == decisions(path, unseen.arrays[0])[path.stem])
+        assert item.value > 0.7
+        known, _ = load_task(path.stem)
+        assert np.mean(decisions(tmp_path / "o.h5", known)[path.stem] == decisions(path, known)[path.stem]) > 0.9
+
+
+@pytest.mark.parametrize("method", ["zip", "transport", "align"])
+def test_other_methods_on_data_agree_better_than_the_mean(
+    method: str, cnns: list[Path], load_task: Callable[..., Any], tmp_path: Path
+) -> None:
+    x = digits(cnns, load_task)
+    report = kmerge.combine(cnns, tmp_path / "o.h5", method=method, data=x)
+    mean = kmerge.combine(cnns, tmp_path / "mean.h5", method="mean", data=x)
+    assert {layer.method for layer in report.plan.layers if layer.method} == {method}
+    assert [item.label for item in report.agreement] == [path.stem for path in cnns]
+    assert stored_agreement(tmp_path / "o.h5") == report.to_dict()["agreement"]
+    ours, theirs = (np.mean([item.value for item in found.agreement]) for found in (report, mean))
+    assert ours > theirs + 0.15

@@ -216,6 +216,7 @@ def open_network(
     name: str,
     custom_objects: Mapping[str, Any] | None = None,
     trusted: bool = False,
+    shares: Sequence[float] | None = None,
 ) -> Network:
     """A merged graph, live.
 
@@ -227,6 +228,7 @@ def open_network(
         name: of that file.
         custom_objects: classes of custom layers.
         trusted: whether all sources are the caller's own live models.
+        shares: importance of the sources in weights that are merged; the first source alone by default.
 
     Raises:
         MergeError: if Keras does not open it.
@@ -234,7 +236,7 @@ def open_network(
     assembly = assemble(merged, sources, values)
     suffix = ".keras" if assembly.kind in (Kind.KERAS, Kind.FOLDER) else ".h5"
     path = folder / f"{name}{suffix}"
-    share = [1.0] + [0.0] * (len(sources) - 1)
+    share = shares or [1.0] + [0.0] * (len(sources) - 1)
     with create_output(assembly, path, True, dict) as output:
         merge_tensors(sources, assembly.targets, output, share)
     model = live.load_model(path, "the models that are to be merged", custom_objects, trusted)

@@ -56,7 +56,7 @@ def _seeded(moments: Array, weights: Array, count: int, rng: np.random.Generator
         chosen.append(unit)
         nearest = np.minimum(nearest, np.maximum(square - 2 * moments[unit] + square[unit], 0))
     apart = square[:, None] - 2 * moments[:, chosen] + square[chosen]
-    labels = np.argmin(apart, axis=1)
+    labels: Array = np.argmin(apart, axis=1)
     labels[chosen] = np.arange(count)
     return labels
 

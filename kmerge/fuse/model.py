@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from kmerge.methods import METHODS
 from kmerge.methods.registry import Array
 from kmerge.plan import Plan
 from kmerge.progress import Progress
+from kmerge.similarity import RELATED, ancestry, layer_cosines
 from kmerge.spaces import layout_spaces
 from kmerge.surgery import Merged, merge_graphs
 
@@ -52,11 +53,8 @@ BATCH_BYTES = 2 << 20
 """Bytes of inputs that are run at a time."""
 HELD_BACK = 5
 """One input of so many chooses the strength of the regressions."""
-import os
-
-ENOUGH = int(os.environ.get("ENOUGH", 2000))
+ENOUGH = 2000
 """Inputs below which more are made out of pairs of them."""
-BLEND = True
 UNSEEN = 0.1
 """Share of the inputs that measure the agreement and nothing else."""
 
@@ -109,13 +107,27 @@ def fuse_models(
     fitted, unseen = inputs.split(UNSEEN, plan.seed)
     run = _Run(layout, plan, fitted, folder, progress, custom_objects, trusted)
     context = run.solved()
-    return Fusion(
-        widened(context, merge_graphs(layout, plan)),
-        _moved(context, merge_graphs(layout, plan)),
-        _agreements(context, layout, plan, unseen),
-        tuple(run.notes),
-        tuple(run.log),
-    )
+    merged = widened(context, merge_graphs(layout, plan))
+    values = _moved(context, merged)
+    agreements = _agreements(context, layout, plan, unseen)
+    if plan.width == 1 and _maybe_related(layout, plan):
+        assert context.own is not None
+        context.own = run.open(context.merged, None, "mean", plan.weights)
+        means = _agreements(context, layout, plan, unseen)
+        if _average(means) >= _average(agreements):
+            run.notes.append("the plain mean of the weights agrees with the sources at least as well, so it was taken")
+            values, agreements = {}, means
+    return Fusion(merged, values, agreements, tuple(run.notes), tuple(run.log))
+
+
+def _maybe_related(layout: Layout, plan: Plan) -> bool:
+    """Whether the mean of the weights is worth a try."""
+    shared = [number for number, layer in enumerate(plan.of_first) if layer.role == "shared" and layer.has_weights]
+    return ancestry(layer_cosines(layout, shared)).cosine > RELATED / 2
+
+
+def _average(agreements: Sequence[Agreement]) -> float:
+    return sum(item.value for item in agreements) / max(len(agreements), 1)
 
 
 class _Run:
@@ -134,14 +146,21 @@ class _Run:
         self.layout, self.plan, self.inputs, self.progress = layout, plan, inputs, progress
         self.notes: list[str] = []
         self.log: list[str] = []
-        self.open: Callable[[Merged, Mapping[tuple[int, int], Array] | None, str], Network] = (
-            lambda merged, values, name: open_network(
-                merged, layout.sources, values, folder, name, custom_objects, trusted
-            )
-        )
+        self._opening = (folder, custom_objects, trusted)
         self.method = next((layer.method for layer in plan.layers if layer.method), plan.method)
         given = next((layer.options for layer in plan.layers if layer.method), plan.options)
         self.options = {**METHODS[self.method].options, **given}
+
+    def open(
+        self,
+        merged: Merged,
+        values: Mapping[tuple[int, int], Array] | None,
+        name: str,
+        shares: Sequence[float] | None = None,
+    ) -> Network:
+        """A graph of the sources' layers, live."""
+        folder, custom_objects, trusted = self._opening
+        return open_network(merged, self.layout.sources, values, folder, name, custom_objects, trusted, shares)
 
     def solved(self) -> Context:
         context = self._context()
@@ -241,7 +260,7 @@ class _Run:
             return selected(frame, number, moments, context.shares)
         if self.method == "fuse":
             pair = clustered(frame, number, moments, scaled, context.rng)
-            samples = samples_of(context, seen, moments) if BLEND else None
+            samples = samples_of(context, seen, moments)
             return pair if samples is None else blended(frame, number, samples, pair, context.shares)
         likeness = correlations(moments.total, moments.products, moments.count)
         if self.method == "zip":
@@ -254,8 +273,8 @@ class _Run:
         left = len(free) - len(changing)
         if left:
             self.notes.append(
-                f"{left} of {len(free)} groups of units keep their number: what follows them counts on it, so the trunk "
-                "is widened elsewhere only"
+                f"{left} of {len(free)} groups of units keep their number, because what follows counts on it: "
+                "the trunk is wider elsewhere only"
             )
 
 

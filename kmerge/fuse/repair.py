@@ -76,7 +76,7 @@ class RepairTask:
         place = kernel_place(context, layer)
         shape = context.values[layer, place].shape
         columns = context.several(layer, [(place, axis) for axis in linear.axes(shape)])
-        mean, spread = 0.0, 0.0
+        mean, spread = np.zeros(()), np.zeros(())
         for source, matrix in columns.items():
             wide = linear.widened(matrix, shape)
             own_mean, own_variance = _moments(*sums[source])

@@ -249,7 +249,7 @@ def _offset(sums: Sums, kernel: Array, intercept: bool) -> Array:
 def _dual(
     inputs: Array, targets: Array, intercept: bool
 ) -> tuple[Array, tuple[Array, Array], tuple[Array, Array], float]:
-    """Products of rows with rows, decomposed: targets in it, (eigenvalues, vectors), (mean input, mean target), scale."""
+    """Products of rows with rows, decomposed: targets in it, (eigenvalues, vectors), both means, scale."""
     middle = (
         (inputs.mean(axis=0), targets.mean(axis=0))
         if intercept

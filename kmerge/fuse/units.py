@@ -229,7 +229,7 @@ def is_ours(frame: Frame, space: Space, shared: Mapping[int, frozenset[int]]) ->
 
 
 def means_the_same(space: Space) -> bool:
-    """Whether fixed units mean the same at the same place in every source: outputs of the networks, and their inputs."""
+    """Whether fixed units mean the same at the same place in every source: outputs and inputs of the networks."""
     return space.reason.startswith(("output of", "input ", "positions in"))
 
 
