@@ -15,6 +15,7 @@ ABSENT = "real models and data are absent: no folder 'shared' beside the reposit
 # Read when TensorFlow or an OpenMP library is first imported, also by the processes that tests start.
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+os.environ["TF_ENABLE_ONEDNN_OPTS"] = "1"  # off on older processors, which then run no convolution with channels first
 os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers are the parallelism
     for name in ("TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):

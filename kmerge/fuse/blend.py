@@ -16,8 +16,8 @@ import numpy as np
 from kmerge.fuse.pairs import Frame, Pair
 from kmerge.methods.registry import Array
 
-STEPS = 40
-WORK = 4 * 10**11
+STEPS = 25
+WORK = 10**11
 """Multiplications that the search in one space may take."""
 _RIDGE = 1e-4
 _EXACT = 1e-7

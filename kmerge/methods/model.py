@@ -62,9 +62,9 @@ def fuse(stack: Array, *, weights: Array) -> Array:
     """Cluster the units of all sources, fit every shared layer to the clusters, then every head to the trunk.
 
     For models that were trained apart. The sources are run on calibration inputs, which need no labels. In each feature
-    space of the graph the units of all sources are pooled and clustered by what they respond to; each shared layer is
-    then solved by ridge regression, front to back, from what the merged network itself computes to what the clusters
-    want. BatchNormalization takes the statistics that the merged network really has, and each head is fitted to what
+    space of the graph the units of all sources are pooled and clustered by what they respond to, and the clusters' means
+    bettered by a search for blends from which all units follow; each shared layer is then solved by ridge regression,
+    front to back, from what the merged network itself computes to what the blends give. BatchNormalization takes the statistics that the merged network really has, and each head is fitted to what
     its source's gives. With --width above 1 the trunk gets more units than a source has.
 
     Args:
@@ -74,8 +74,9 @@ def fuse(stack: Array, *, weights: Array) -> Array:
     Returns:
         Merged value, shape (*shape), dtype of `stack`.
 
-    Departs from the papers: one clustering per feature space, the sum of a residual stream included; the strength of
-    the ridge is chosen on inputs that are held back.
+    Departs from the papers: one clustering per feature space, the sum of a residual stream included; blends of units in
+    place of clusters' means, found by variable projection on sampled activations; recurrent units are selected, not
+    averaged; regressions are drawn towards merged and unmerged weights, with a strength chosen on held-back inputs.
 
     >>> import numpy as np
     >>> fuse(np.array([[1., 2.], [3., 6.]]), weights=np.array([.5, .5]))

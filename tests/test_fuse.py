@@ -1,0 +1,633 @@
+"""The parts of a fusion by hand-worked numbers, and whole fusions of small networks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from itertools import permutations
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import zoo
+from test_align import merge, twin_of
+
+from kmerge.agreement import measure_agreement
+from kmerge.assembly import assemble
+from kmerge.calibration.enrich import crossed
+from kmerge.calibration.inputs import Inputs
+from kmerge.engine import merge_tensors
+from kmerge.fuse import model as fuse_model
+from kmerge.fuse import ridge
+from kmerge.fuse.blend import FUNCTIONS, Sample, _Problem, blended, function_of
+from kmerge.fuse.clusters import cluster_units, distances
+from kmerge.fuse.model import UNSEEN, Fusion, fuse_models
+from kmerge.fuse.pairing import assigned, correlations, transported, zipped
+from kmerge.fuse.pairs import Frame, Pair, arranged, by_position
+from kmerge.fuse.ridge import STRENGTHS, Regression, Solution
+from kmerge.layout import lay_out
+from kmerge.output import create_output
+from kmerge.planning import make_plan
+from kmerge.progress import silent
+from kmerge.rules import Rules
+from kmerge.source import Source, open_source
+from kmerge.spaces import AxisUse, Space
+
+# ---- ridge
+
+
+def solved(x: np.ndarray, y: np.ndarray, guess: np.ndarray, intercept: bool = True, parts: int = 3) -> Solution:
+    """By a regression that is given the rows in several parts, every fifth held back."""
+    held = np.arange(len(x)) % 5 == 4
+    fit = Regression(x.shape[1], y.shape[1])
+    for rows in np.array_split(np.arange(len(x)), parts):
+        fit.add(x[rows], y[rows], held[rows])
+    return fit.solve(guess, intercept)
+
+
+def closed_form(
+    x: np.ndarray, y: np.ndarray, guess: np.ndarray, intercept: bool, strength: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Kernel and offset with the least mean squared error plus strength times mean variance times squared change."""
+    middle, aim = (x.mean(axis=0), y.mean(axis=0)) if intercept else (np.zeros(x.shape[1]), np.zeros(y.shape[1]))
+    a, b = x - middle, y - aim
+    gram = a.T @ a / len(x)
+    shift = strength * np.trace(gram) / len(gram) * np.eye(len(gram))
+    kernel = np.linalg.solve(gram + shift, a.T @ b / len(x) + shift @ guess)
+    return kernel, aim - middle @ kernel
+
+
+def problem(rows: int, width: int, noise: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, width)) * rng.uniform(0.5, 2, width) + rng.uniform(-3, 3, width)
+    kernel = rng.standard_normal((width, 2))
+    y = x @ kernel + 5 + noise * rng.standard_normal((rows, 2))
+    return x, y, kernel
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize(("rows", "width"), [(60, 4), (13, 12), (8, 20), (5, 5)])
+@pytest.mark.parametrize("wide", [False, True])
+def test_ridge_is_the_closed_form(
+    rows: int, width: int, intercept: bool, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For more rows than columns and for fewer, by eigenvalues and by factorisations."""
+    if wide:
+        monkeypatch.setattr(ridge, "_WIDE", 0)
+    x, y, kernel = problem(rows, width, 0.5)
+    guess = kernel + 0.1 * np.random.default_rng(1).standard_normal(kernel.shape)
+    found = solved(x, y, guess, intercept)
+    expected = closed_form(x, y, guess, intercept, found.strength)
+    np.testing.assert_allclose(found.kernel, expected[0], atol=1e-6)
+    np.testing.assert_allclose(found.offset, expected[1], atol=1e-5)
+    assert intercept or not found.offset.any()
+
+
+@pytest.mark.parametrize(("rows", "width"), [(200, 6), (12, 30)])
+def test_the_strength_is_the_best_on_rows_that_are_held_back(rows: int, width: int) -> None:
+    x, y, kernel = problem(rows, width, 3.0)
+    guess = np.zeros_like(kernel)
+    found = solved(x, y, guess)
+    held = np.arange(rows) % 5 == 4
+
+    def loss(strength: float) -> float:
+        own, offset = closed_form(x[~held], y[~held], guess, True, strength)
+        return float(np.sum((y[held] - x[held] @ own - offset) ** 2))
+
+    losses = [loss(strength) for strength in STRENGTHS]
+    assert found.strength == STRENGTHS[int(np.argmin(losses))]
+    assert len({round(value, 6) for value in losses}) > 3
+    spread = float(np.sum((y[held] - y[held].mean(axis=0)) ** 2))
+    assert found.explained == pytest.approx(1 - min(losses) / spread, abs=1e-6)
+
+
+def test_one_column_by_hand() -> None:
+    """Mean of x squared is 1, of x times y 2: 2 / (1 + strength) without a guess, a third of the way to it more."""
+    fit = Regression(1, 1)
+    x = np.tile([[1.0], [-1.0]], (5, 1))
+    fit.add(x, 2 * x, np.arange(10) >= 8)
+    found = fit.solve(np.zeros((1, 1)), False)
+    assert found.strength == STRENGTHS[0]
+    assert found.kernel[0, 0] == pytest.approx(2 / (1 + STRENGTHS[0]), abs=1e-12)
+    assert found.explained == pytest.approx(1, abs=1e-9)
+    mean, variance = fit.moments(np.array([[3.0]]), slice(0, 1))
+    assert mean[0] == pytest.approx(0)
+    assert variance[0] == pytest.approx(9)
+
+
+def test_the_guess_is_what_no_rows_give() -> None:
+    guess = np.arange(6.0).reshape(3, 2)
+    for fit in (Regression(3, 2), Regression(3, 2)):
+        found = fit.solve(guess, True)
+        np.testing.assert_array_equal(found.kernel, guess)
+        np.testing.assert_array_equal(found.offset, [0, 0])
+        fit.add(np.full((4, 3), np.nan), np.zeros((4, 2)), np.zeros(4, dtype=bool))
+        np.testing.assert_array_equal(fit.solve(guess, True).kernel, guess)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(40, 3), (6, 9)])
+def test_the_guess_is_what_an_endless_strength_gives(rows: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ridge, "STRENGTHS", np.array([1e12]))
+    x, y, _ = problem(rows, width, 0.1)
+    guess = np.ones((width, 2))
+    found = solved(x, y, guess)
+    np.testing.assert_allclose(found.kernel, guess, atol=1e-6)
+    np.testing.assert_allclose(found.offset, (y - x @ guess).mean(axis=0), atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(40, 3), (6, 9)])
+def test_a_guess_that_is_right_stays(rows: int, width: int) -> None:
+    x, y, kernel = problem(rows, width, 0.0)
+    found = solved(x, y, kernel)
+    np.testing.assert_allclose(found.kernel, kernel, atol=1e-9)
+    np.testing.assert_allclose(found.offset, [5, 5], atol=1e-8)
+    assert found.explained == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(50, 4), (6, 9)])
+def test_moments_are_those_of_the_rows(rows: int, width: int) -> None:
+    x, y, _ = problem(rows, width, 0.0)
+    fit = Regression(width, 2)
+    fit.add(x, y, np.arange(rows) % 5 == 4)
+    kernel = np.random.default_rng(1).standard_normal((2, 3))
+    mean, variance = fit.moments(kernel, slice(1, 3))
+    np.testing.assert_allclose(mean, (x[:, 1:3] @ kernel).mean(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(variance, (x[:, 1:3] @ kernel).var(axis=0), rtol=1e-7)
+
+
+# ---- clusters
+
+
+def moments_of(rows: np.ndarray) -> np.ndarray:
+    return rows.T @ rows / len(rows)
+
+
+def test_equal_units_come_together() -> None:
+    rng = np.random.default_rng(0)
+    rows = np.tile(rng.standard_normal((100, 5)), (1, 3))  # three sources of the same five units
+    for seed in range(5):
+        labels = cluster_units(moments_of(rows), np.ones(15), 5, np.random.default_rng(seed)).reshape(3, 5)
+        assert sorted(labels[0]) == list(range(5))
+        np.testing.assert_array_equal(labels, np.tile(labels[0], (3, 1)))
+
+
+@pytest.mark.parametrize("count", [1, 4, 7, 12])
+@pytest.mark.parametrize("kind", ["noise", "equal", "dead", "unread"])
+def test_every_cluster_has_a_unit(count: int, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((50, 12))
+    if kind == "equal":
+        rows[:] = rows[:, :1]
+    if kind == "dead":
+        rows[:, 2:] = 0
+    importance = np.zeros(12) if kind == "unread" else np.ones(12)
+    labels = cluster_units(moments_of(rows), importance, count, rng)
+    assert set(labels.tolist()) == set(range(count))
+
+
+def test_units_that_matter_are_kept_apart() -> None:
+    """Four units on a line at 0, 1, 10 and 12: those that matter get a centre of their own."""
+    places = np.array([0.0, 1.0, 10.0, 12.0])
+    moments = np.outer(places, places)
+
+    def groups(importance: Sequence[float]) -> list[list[int]]:
+        labels = cluster_units(moments, np.array(importance), 3, np.random.default_rng(0))
+        return sorted(np.flatnonzero(labels == label).tolist() for label in range(3))
+
+    assert groups([1, 1, 1, 1]) == [[0, 1], [2], [3]]  # 1/2 is lost, else 4/2
+    assert groups([9, 9, 1e-3, 1e-3]) == [[0], [1], [2, 3]]  # 2e-3, else 9/2
+
+
+def test_distances_by_hand() -> None:
+    """Units at 0, 2 and 8 with weights 1, 3 and 1: centres of {0, 1} and {2} at 1.5 and 8."""
+    places = np.array([0.0, 2.0, 8.0])
+    found = distances(np.outer(places, places), np.array([1.0, 3.0, 1.0]), np.array([0, 0, 1]), 2)
+    np.testing.assert_allclose(found, [[2.25, 64], [0.25, 36], [42.25, 0]], atol=1e-12)
+
+
+def test_clusters_are_the_best_of_all_where_all_can_be_tried() -> None:
+    rng = np.random.default_rng(3)
+    moments = moments_of(rng.standard_normal((40, 6)))
+    weights = rng.uniform(0.5, 2, 6)
+
+    def loss(labels: np.ndarray) -> float:
+        return float(weights @ distances(moments, weights, labels, 3)[np.arange(6), labels])
+
+    every = (np.array(labels) for labels in np.ndindex(*(3,) * 6) if len(set(labels)) == 3)
+    least = min(loss(labels) for labels in every)
+    assert loss(cluster_units(moments, weights, 3, rng)) == pytest.approx(least, rel=1e-6)
+
+
+def test_clusters_follow_from_the_seed() -> None:
+    moments = moments_of(np.random.default_rng(0).standard_normal((30, 40)))
+    one, two = (cluster_units(moments, np.ones(40), 13, np.random.default_rng(5)) for _ in range(2))
+    np.testing.assert_array_equal(one, two)
+
+
+# ---- blends
+
+
+def framed(readers: Sequence[np.ndarray]) -> Frame:
+    """A space of units that one kernel reads in each source, given with shape (units, outputs)."""
+    size = len(readers[0])
+    uses = [AxisUse(source, 0, 0, 0, np.arange(size), "input") for source in range(len(readers))]
+    sources: Any = tuple(
+        SimpleNamespace(states=[SimpleNamespace(weights=[SimpleNamespace(tensor=SimpleNamespace(read=lambda k=k: k))])])
+        for k in readers
+    )
+    return Frame(sources, (Space(size, tuple(uses)),), (size,))
+
+
+def unrelated(seed: int = 0, rows: int = 300, units: int = 5) -> tuple[Frame, np.ndarray]:
+    """Two sources of units that have nothing to do with each other."""
+    rng = np.random.default_rng(seed)
+    hidden = rng.standard_normal((rows, 6))
+    values = np.concatenate([hidden @ rng.standard_normal((6, units)) for _ in range(2)], axis=1)
+    return framed([rng.standard_normal((units, 3)) for _ in range(2)]), values + 0.1 * rng.standard_normal(values.shape)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_slope_of_what_is_lost(name: str) -> None:
+    frame, values = unrelated()
+    task = _Problem(frame, 0, [Sample(values, FUNCTIONS[name]), Sample(values[:90] ** 2, FUNCTIONS[name])], [0.6, 0.4])
+    rng = np.random.default_rng(1)
+    blends = rng.standard_normal((10, 5)) / 3
+    slope = task.cost(blends)[1]
+    for _ in range(3):
+        along = slope / np.linalg.norm(slope) + rng.standard_normal(blends.shape) / 8
+        step = 1e-3 * along
+        difference = (task.cost(blends + step)[0] - task.cost(blends - step)[0]) / 2e-3
+        assert difference == pytest.approx(float(np.sum(slope * along)), rel=0.03)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_and_slopes_are_those_of_keras(name: str) -> None:
+    import keras
+
+    x = np.linspace(-4, 4, 80, dtype="float32")  # without 0, where some have a corner
+    function, slope = FUNCTIONS[name]
+    exact = np.asarray(keras.activations.get(name)(x))
+    tolerance = 1e-3 if name == "gelu" else 1e-5
+    np.testing.assert_allclose(function(x), exact, atol=tolerance)
+    wide = x.astype("float64")
+    difference = (function(wide + 1e-5) - function(wide - 1e-5)) / 2e-5
+    np.testing.assert_allclose(slope(x, function(x)), difference, atol=1e-4)
+
+
+def test_functions_by_the_settings_of_their_layer() -> None:
+    def of(name: Any, **config: Any) -> float | None:
+        found = function_of(name, config)
+        return None if found is None else float(found[0](np.array([-1.0], dtype="float32"))[0])
+
+    assert of("LeakyReLU", negative_slope=0.25) == -0.25
+    assert of("LeakyReLU") == pytest.approx(-0.3)
+    assert of("leaky_relu") == pytest.approx(-0.2)
+    assert of("ReLU", negative_slope=0.5) == -0.5
+    assert of("ReLU") == 0
+    assert of("ReLU", max_value=6.0) is None
+    assert of(None) == -1
+    assert of("softmax") is None
+
+
+@pytest.mark.parametrize("name", ["linear", "relu", "tanh"])
+def test_a_blend_is_better_than_its_start(name: str) -> None:
+    for seed in range(3):
+        frame, values = unrelated(seed)
+        samples = [Sample(values, FUNCTIONS[name])]
+        start = by_position(2, 5, [0.5, 0.5])
+        found = blended(frame, 0, samples, start, [0.5, 0.5])
+        task = _Problem(frame, 0, samples, [0.5, 0.5])
+        before, after = (task.cost(pair.merge.reshape(10, 5))[0] for pair in (start, found))
+        assert after < 0.8 * before
+        assert found.merge.shape == start.merge.shape
+        assert found.unmerge.shape == start.unmerge.shape
+
+
+def test_a_blend_of_linear_units_is_their_first_components() -> None:
+    """What 3 linear units can hold of all that is read is what the 3 largest singular values hold."""
+    frame, values = unrelated(2)
+    start = Pair(*(np.random.default_rng(0).standard_normal(shape) for shape in ((2, 5, 3), (2, 3, 5))))
+    found = blended(frame, 0, [Sample(values, FUNCTIONS["linear"])], start, [0.5, 0.5])
+    task = _Problem(frame, 0, [Sample(values, FUNCTIONS["linear"])], [0.5, 0.5])
+    singular = np.linalg.svd(task.sites[0][2], compute_uv=False)
+    least = float(np.sum(singular[3:] ** 2) / np.sum(singular**2))
+    assert task.cost(found.merge.reshape(10, 3))[0] == pytest.approx(least, abs=0.02)
+
+
+def test_a_source_without_a_share_has_no_say() -> None:
+    frame, values = unrelated()
+    task = _Problem(frame, 0, [Sample(values, FUNCTIONS["relu"])], [1.0, 0.0])
+    own = np.concatenate([np.eye(5), np.zeros((5, 5))])
+    other = own[::-1]
+    assert task.cost(own)[0] < 1e-6
+    assert task.cost(other)[0] > 0.05
+
+
+def permuted_units(units: int = 6, rows: int = 4000) -> tuple[Frame, np.ndarray, Pair]:
+    """A source and a twin with its units in another order, and the pair that undoes that."""
+    rng = np.random.default_rng(4)
+    order = rng.permutation(units)
+    values = rng.standard_normal((rows, units))
+    steps = np.stack([np.eye(units), np.eye(units)[np.argsort(order)]])
+    pair = Pair(steps.transpose(0, 2, 1) / 2, steps)
+    kernel = rng.standard_normal((units, 4))
+    return framed([kernel, kernel[order]]), np.concatenate([values, values[:, order]], axis=1), pair
+
+
+def test_an_exact_start_is_left_as_it_is() -> None:
+    frame, values, pair = permuted_units()
+    np.testing.assert_allclose(values @ pair.merge.reshape(12, 6), values[:, :6], atol=1e-12)
+    assert blended(frame, 0, [Sample(values, FUNCTIONS["relu"])], pair, [0.5, 0.5]) is pair
+
+
+def test_what_stands_for_a_unit_of_a_permutation_is_its_inverse() -> None:
+    frame, values, pair = permuted_units()
+    task = _Problem(frame, 0, [Sample(values, FUNCTIONS["relu"])], [0.5, 0.5])
+    back = task.unmerge(pair.merge.reshape(12, 6)).reshape(6, 2, 6).transpose(1, 0, 2)
+    np.testing.assert_allclose(back, pair.unmerge, atol=3e-3)
+
+
+# ---- pairing
+
+
+def correlation_of(rows: np.ndarray) -> np.ndarray:
+    return correlations(rows.sum(axis=0), rows.T @ rows, len(rows))
+
+
+@functools.cache
+def planted(sources: int, noise: float, seed: int = 0) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Correlations of units of several sources that are the same but for noise, each source in an order of its own."""
+    rng = np.random.default_rng(seed)
+    base = rng.standard_normal((300, 8)) @ (np.eye(8) + 0.3)
+    orders = [np.arange(8), *(rng.permutation(8) for _ in range(sources - 1))]
+    rows = [(base + noise * rng.standard_normal(base.shape))[:, order] for order in orders]
+    return correlation_of(np.concatenate(rows, axis=1)), orders
+
+
+def test_correlations_are_those_of_numpy_but_for_units_that_never_change() -> None:
+    rows = np.random.default_rng(0).standard_normal((50, 4)) * [1, 10, 0.1, 1] + [5, 0, 1, 0]
+    expected = np.corrcoef(rows.T)
+    np.testing.assert_allclose(correlation_of(rows), expected, atol=1e-9)
+    rows[:, 1] = 7
+    found = correlation_of(rows)
+    alive = [0, 2, 3]
+    np.testing.assert_allclose(found[np.ix_(alive, alive)], expected[np.ix_(alive, alive)], atol=1e-9)
+    np.testing.assert_array_equal(found[1], np.eye(4)[1])
+    np.testing.assert_array_equal(found[:, 1], np.eye(4)[1])
+    np.testing.assert_array_equal(correlation_of(np.zeros((5, 2))), np.eye(2))
+
+
+@pytest.mark.parametrize("sources", [2, 4])
+def test_an_order_that_was_planted_is_found(sources: int) -> None:
+    correlation, orders = planted(sources, 0.2)
+    shares = np.arange(1, sources + 1) / (sources * (sources + 1) / 2)
+    pair = assigned(correlation, shares.tolist(), np.random.default_rng(0))
+    for share, order, merge_, unmerge in zip(shares, orders, pair.merge, pair.unmerge, strict=True):
+        wanted = np.eye(8)[order]  # its unit number k is unit order[k] of the first
+        np.testing.assert_allclose(merge_, share * wanted)
+        np.testing.assert_array_equal(unmerge, wanted.T)
+
+
+def test_more_sources_are_matched_to_all_of_the_others() -> None:
+    """So much noise that the first alone misleads."""
+    correlation, _ = planted(4, 3.0, 1)
+    pair = assigned(correlation, [0.25] * 4, np.random.default_rng(0))
+    orders = [step.argmax(axis=1) for step in pair.unmerge]
+
+    def agreement(chosen: Sequence[np.ndarray]) -> float:
+        blocks = correlation.reshape(4, 8, 4, 8)
+        return sum(blocks[i, chosen[i], j, chosen[j]].sum() for i in range(4) for j in range(i))
+
+    from scipy.optimize import linear_sum_assignment
+
+    blocks = correlation.reshape(4, 8, 4, 8)
+    by_first = [linear_sum_assignment(blocks[0, :, n], maximize=True)[1] for n in range(4)]
+    assert agreement(orders) > agreement(by_first) + 1e-6
+    for one, two in permutations(range(8), 2):  # no exchange of two units of the last source is better
+        other = orders[3].copy()
+        other[[one, two]] = other[[two, one]]
+        assert agreement([*orders[:3], other]) <= agreement(orders) + 1e-9
+
+
+def test_zip_by_hand() -> None:
+    """0 and 1 are joined; 2 is close to 1 but far from 0, so it takes 3, which a mean over the group would not."""
+    correlation = np.eye(4)
+    for one, two, value in ((0, 1, 0.9), (1, 2, 0.8), (0, 2, -0.5), (2, 3, 0.1)):
+        correlation[one, two] = correlation[two, one] = value
+    pair = zipped(correlation, [0.25, 0.75], 2)
+    np.testing.assert_allclose(pair.merge, [[[0.5, 0], [0.5, 0]], [[0, 0.5], [0, 0.5]]])
+    np.testing.assert_array_equal(pair.unmerge, [[[1, 1], [0, 0]], [[0, 0], [1, 1]]])
+    across = correlation[np.ix_([0, 2, 1, 3], [0, 2, 1, 3])]  # now one of each source in each group
+    pair = zipped(across, [0.25, 0.75], 2)
+    np.testing.assert_allclose(pair.merge, [[[0.25, 0], [0, 0.25]], [[0.75, 0], [0, 0.75]]])
+
+
+def test_zip_finds_an_order_that_was_planted() -> None:
+    correlation, orders = planted(4, 0.2)
+    pair = zipped(correlation, [0.25] * 4, 8)
+    made = np.concatenate([np.eye(8)[order] for order in orders]) / 4  # merged units in the order of the first
+    found = pair.merge.reshape(32, 8)
+    np.testing.assert_allclose(found[:, found[:8].argmax(axis=1)], made)
+
+
+def test_transport_tends_to_a_permutation() -> None:
+    correlation, orders = planted(3, 0.2)
+    wanted = [np.eye(8)[order] for order in orders]
+    far = []
+    for epsilon in (1.0, 0.1, 0.01):
+        pair = transported(correlation, [0.2, 0.3, 0.5], epsilon)
+        for share, step, back in zip([0.2, 0.3, 0.5], pair.merge, pair.unmerge, strict=True):
+            np.testing.assert_allclose(back.sum(axis=0), 1, atol=1e-6)
+            np.testing.assert_allclose(back.sum(axis=1), 1, atol=1e-6)
+            np.testing.assert_allclose(step, share * back.T, atol=1e-12)
+            assert (back >= 0).all()
+        far.append(max(float(np.abs(back.T - one).max()) for back, one in zip(pair.unmerge, wanted, strict=True)))
+    assert far[0] > far[1] > far[2]
+    assert far[2] < 1e-6
+
+
+# ---- where units stand
+
+
+def places(*rows: Sequence[int]) -> np.ndarray:
+    return np.array(rows, dtype=np.int64)
+
+
+def test_wider_by_hand_in_blocks_and_in_a_row() -> None:
+    tiles = places([0, 2], [1, 3])  # units 0 1 0 1
+    found = arranged([tiles], [3], 4)
+    assert found is not None
+    assert found[0] == 6
+    np.testing.assert_array_equal(found[1][0], [[0, 3], [1, 4], [2, 5]])
+    repeats = places([0, 1], [2, 3])  # units 0 0 1 1
+    found = arranged([repeats], [3], 4)
+    assert found is not None
+    assert found[0] == 6
+    np.testing.assert_array_equal(found[1][0], [[0, 1], [2, 3], [4, 5]])
+
+
+def test_wider_by_hand_beside_others() -> None:
+    """Units a a x b b b: x has none; a of two grows to three, b of three shrinks to one."""
+    found = arranged([places([0], [1]), places([3], [4], [5])], [3, 1], 6)
+    assert found is not None
+    length, new, old_kept, new_kept = found
+    assert length == 5
+    np.testing.assert_array_equal(new[0], [[0], [1], [2]])
+    np.testing.assert_array_equal(new[1], [[4]])
+    np.testing.assert_array_equal(old_kept, [2])
+    np.testing.assert_array_equal(new_kept, [3])
+
+
+def test_units_in_no_simple_order_keep_their_number() -> None:
+    mixed = places([0, 3], [1, 2])  # units 0 1 1 0
+    assert arranged([mixed], [3], 4) is None
+    found = arranged([mixed, places([4], [5])], [2, 4], 6)  # what stands beside them may grow
+    assert found is not None
+    assert found[0] == 8
+    np.testing.assert_array_equal(found[1][0], mixed)
+    np.testing.assert_array_equal(found[1][1], [[4], [5], [6], [7]])
+
+
+# ---- more inputs
+
+
+def inputs_of(*arrays: np.ndarray) -> Inputs:
+    return Inputs(arrays, np.full(len(arrays[0]), -1))
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 2), (9, 3), (4, 4, 4, 1)])
+def test_crossed_parts_of_two_inputs(shape: tuple[int, ...]) -> None:
+    """Each value of input number k is k, so that where it comes from can be read."""
+    given = np.ones((10, *shape), dtype="float32") * np.arange(10.0, dtype="float32").reshape(10, *[1] * len(shape))
+    made = crossed(inputs_of(given), 40, np.random.default_rng(0))
+    (array,) = made.arrays
+    assert array.shape == (40, *shape)
+    assert array.dtype == given.dtype
+    assert made.rows == 40
+    assert made.synthetic
+    kinds = [np.unique(row) for row in array]
+    assert max(len(kind) for kind in kinds) == 2
+    assert sum(len(kind) == 2 for kind in kinds) > 30
+    np.testing.assert_array_equal(array[..., :1].repeat(shape[-1], -1), array)  # channels stay together
+    for row in array:  # what comes from one of them is a box
+        other = row[..., 0] != row[..., 0].ravel()[0]
+        least = [
+            np.flatnonzero(other.any(axis=tuple(a for a in range(other.ndim) if a != axis)))
+            for axis in range(other.ndim)
+        ]
+        if not other.any():
+            continue
+        box = np.ix_(*(np.arange(own.min(), own.max() + 1) for own in least))
+        assert other[box].all() or not other.all()
+
+
+def test_crossed_tokens_stay_tokens() -> None:
+    rng = np.random.default_rng(0)
+    given = np.stack([np.arange(12) + 100 * row for row in range(8)]).astype("int32")
+    text = given.astype(str).astype(object)
+    for array in (given, text):
+        (made,) = crossed(inputs_of(array), 30, rng).arrays
+        assert made.dtype == array.dtype
+        assert made.shape == (30, 12)
+        whole = made.astype("int64")
+        np.testing.assert_array_equal(whole % 100, np.tile(np.arange(12), (30, 1)))  # each in its place
+        assert {len(np.unique(row // 100)) for row in whole} <= {1, 2}
+        assert sum(len(np.unique(row // 100)) == 2 for row in whole) > 15
+
+
+def test_crossed_rows_of_features_lie_between_two() -> None:
+    rng = np.random.default_rng(0)
+    given = np.eye(6, dtype="float32")
+    (made,) = crossed(inputs_of(given), 50, rng).arrays
+    assert made.dtype == given.dtype
+    np.testing.assert_allclose(made.sum(axis=1), 1, atol=1e-6)
+    assert (made >= 0).all()
+    assert (np.count_nonzero(made, axis=1) <= 2).all()
+    assert np.sort(made, axis=1)[:, -1].min() >= 0.5
+
+
+def test_crossed_inputs_of_one_network_come_from_the_same_two() -> None:
+    one = np.ones((9, 5, 1), dtype="float32") * np.arange(9.0, dtype="float32")[:, None, None]
+    two = np.broadcast_to(np.arange(9)[:, None], (9, 7)).astype("int64")
+    owners = np.arange(9) % 3
+    made = crossed(Inputs((one, two), owners), 60, np.random.default_rng(0))
+    for first, second, owner in zip(*made.arrays, made.owners, strict=True):
+        assert len({*first.ravel().astype(int).tolist(), *second.tolist()}) <= 2
+        assert owner in {value % 3 for value in {*first.ravel().astype(int).tolist()}}
+
+
+# ---- whole fusions
+
+
+def _dense(b: Any, x: Any) -> Any:
+    y = b.Dense(10, activation="relu", name="one")(x)
+    return b.Dense(3, name="top")(b.Dense(9, activation="tanh", name="two")(y))
+
+
+def _residual(b: Any, x: Any) -> Any:
+    y = b.ReLU()(b.BatchNormalization(name="norm")(b.Conv2D(6, 3, padding="same", use_bias=False, name="one")(x)))
+    z = b.ReLU()(b.BatchNormalization()(b.Conv2D(5, 3, padding="same", name="two")(y)))
+    z = b.BatchNormalization()(b.Conv2D(6, 3, padding="same", name="three")(z))
+    return b.Dense(3, name="top")(b.GlobalAveragePooling2D()(b.ReLU()(b.Add()([y, z]))))
+
+
+NETWORKS = {
+    "dense": zoo.TopologyCase("dense", [zoo.F(6)], lambda b, x: _dense(b, *x)),
+    "residual": zoo.TopologyCase("residual", [zoo.F(6, 6, 2)], lambda b, x: _residual(b, *x)),
+}
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[Source]]]:
+    """Three networks of each kind with random weights."""
+    folder = tmp_path_factory.mktemp("networks")
+    with ExitStack() as stack:
+        yield {
+            name: [
+                stack.enter_context(open_source(zoo.save(case.build(seed), folder / f"{name}_{label}.keras"), label))
+                for seed, label in enumerate("abc")
+            ]
+            for name, case in NETWORKS.items()
+        }
+
+
+@pytest.fixture(autouse=True)
+def less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer made of pairs of inputs than are right for large networks."""
+    monkeypatch.setattr(fuse_model, "ENOUGH", 600)
+
+
+def samples(name: str, rows: int = 400) -> Inputs:
+    return inputs_of(*zoo._flatten(NETWORKS[name].inputs(rows)))
+
+
+def fuse(sources: Sequence[Source], inputs: Inputs, folder: Path, **rules: Any) -> tuple[Fusion, Any]:
+    """A fusion, and the live model that Keras makes of its file."""
+    plan = make_plan(sources, Rules(**{"method": "fuse", **rules}))
+    fusion = fuse_models(lay_out(sources), plan, inputs, folder, silent)
+    assembly = assemble(fusion.merged, sources, fusion.values)
+    path = folder / "out.keras"
+    with create_output(assembly, path, True, dict) as output:
+        merge_tensors(sources, assembly.targets, output, plan.weights)
+    return fusion, zoo.load(path)
+
+
+def outputs_of(source: Source, inputs: Inputs) -> np.ndarray:
+    return zoo.predictions(zoo.load(source.path), inputs.arrays[0])[0]
+
+
+def agreement_of(model: Any, sources: Sequence[Source], inputs: Inputs) -> float:
+    """Mean agreement of the heads with the sources, on the inputs that nothing was fitted to."""
+    _, unseen = inputs.split(UNSEEN, 0)
+    made = zoo.predictions(model, unseen.arrays[0])
+    return float(np.mean([
+        measure_agreement("", "", outputs_of(source, unseen), own, False).value
+        for source, own in zip(sources, made, strict=True)
+    ]))
+
+
+def mean_value(fusion: Fusion) -> float:
+    return float(np.mean([item.value for item in fusion.agreements]))
