@@ -562,52 +562,66 @@ def test_crossed_inputs_of_one_network_come_from_the_same_two() -> None:
 # ---- whole fusions
 
 
-def _dense(b: Any, x: Any) -> Any:
-    y = b.Dense(10, activation="relu", name="one")(x)
-    return b.Dense(3, name="top")(b.Dense(9, activation="tanh", name="two")(y))
+def _dense(b: Any, x: Any, width: float = 1.0) -> Any:
+    y = b.Dense(round(10 * width), activation="relu", name="one")(x)
+    return b.Dense(3, name="top")(b.Dense(round(9 * width), activation="tanh", name="two")(y))
 
 
-def _residual(b: Any, x: Any) -> Any:
-    y = b.ReLU()(b.BatchNormalization(name="norm")(b.Conv2D(6, 3, padding="same", use_bias=False, name="one")(x)))
-    z = b.ReLU()(b.BatchNormalization()(b.Conv2D(5, 3, padding="same", name="two")(y)))
-    z = b.BatchNormalization()(b.Conv2D(6, 3, padding="same", name="three")(z))
+def _residual(b: Any, x: Any, width: float = 1.0) -> Any:
+    outer, inner = round(6 * width), round(4 * width)
+    y = b.Conv2D(outer, 3, padding="same", use_bias=False, name="one")(x)
+    y = b.ReLU()(b.BatchNormalization(name="norm_one")(y))
+    z = b.Conv2D(inner, 3, padding="same", name="two")(y)
+    z = b.ReLU()(b.BatchNormalization(name="norm_two")(z))
+    z = b.BatchNormalization(name="norm_three")(b.Conv2D(outer, 3, padding="same", name="three")(z))
     return b.Dense(3, name="top")(b.GlobalAveragePooling2D()(b.ReLU()(b.Add()([y, z]))))
 
 
-NETWORKS = {
-    "dense": zoo.TopologyCase("dense", [zoo.F(6)], lambda b, x: _dense(b, *x)),
-    "residual": zoo.TopologyCase("residual", [zoo.F(6, 6, 2)], lambda b, x: _residual(b, *x)),
-}
+def network(kind: str, width: float = 1.0) -> zoo.Case:
+    if kind == "dense":
+        return zoo.TopologyCase(kind, zoo.F(6), lambda b, x: _dense(b, x, width))
+    return zoo.TopologyCase(kind, zoo.F(4, 4, 2), lambda b, x: _residual(b, x, width))
+
+
+KINDS = ("dense", "residual")
+Networks = dict[str, list[Source]]
 
 
 @pytest.fixture(scope="module")
-def networks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[Source]]]:
-    """Three networks of each kind with random weights."""
+def networks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Networks]:
+    """Three networks of each kind with random weights; `near`: one and two that are not far from it."""
     folder = tmp_path_factory.mktemp("networks")
     with ExitStack() as stack:
-        yield {
-            name: [
-                stack.enter_context(open_source(zoo.save(case.build(seed), folder / f"{name}_{label}.keras"), label))
-                for seed, label in enumerate("abc")
-            ]
-            for name, case in NETWORKS.items()
-        }
+
+        def opened(model: Any, kind: str, label: str) -> Source:
+            return stack.enter_context(open_source(zoo.save(model, folder / f"{kind}_{label}.keras"), label))
+
+        found = {kind: [opened(network(kind).build(n), kind, label) for n, label in enumerate("abc")] for kind in KINDS}
+        for kind in KINDS:
+            for label, amount in (("little", 0.03), ("more", 0.3)):
+                model = network(kind).build(0)
+                rng = np.random.default_rng(7)
+                model.set_weights(
+                    [value * np.exp(amount * rng.standard_normal(value.shape)) for value in model.get_weights()]
+                )
+                found[f"{kind} {label}"] = [found[kind][0], opened(model, kind, label)]
+        yield found
 
 
 @pytest.fixture(autouse=True)
-def less(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer made of pairs of inputs than are right for large networks."""
-    monkeypatch.setattr(fuse_model, "ENOUGH", 600)
+def fewer_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer are made of pairs of them than is right for large networks."""
+    monkeypatch.setattr(fuse_model, "ENOUGH", 300)
 
 
-def samples(name: str, rows: int = 400) -> Inputs:
-    return inputs_of(*zoo._flatten(NETWORKS[name].inputs(rows)))
+def examples(kind: str, rows: int = 240) -> Inputs:
+    return inputs_of(network(kind).inputs(rows))
 
 
-def fuse(sources: Sequence[Source], inputs: Inputs, folder: Path, **rules: Any) -> tuple[Fusion, Any]:
+def fuse(sources: Sequence[Source], given: Inputs, folder: Path, **rules: Any) -> tuple[Fusion, Any]:
     """A fusion, and the live model that Keras makes of its file."""
     plan = make_plan(sources, Rules(**{"method": "fuse", **rules}))
-    fusion = fuse_models(lay_out(sources), plan, inputs, folder, silent)
+    fusion = fuse_models(lay_out(sources), plan, given, folder, silent)
     assembly = assemble(fusion.merged, sources, fusion.values)
     path = folder / "out.keras"
     with create_output(assembly, path, True, dict) as output:
@@ -615,19 +629,197 @@ def fuse(sources: Sequence[Source], inputs: Inputs, folder: Path, **rules: Any) 
     return fusion, zoo.load(path)
 
 
-def outputs_of(source: Source, inputs: Inputs) -> np.ndarray:
-    return zoo.predictions(zoo.load(source.path), inputs.arrays[0])[0]
+@pytest.fixture(scope="module")
+def strangers(networks: Networks, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Fusion, Any]]:
+    """Two networks of each kind that have nothing to do with each other, fused."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fuse_model, "ENOUGH", 300)
+        return {kind: fuse(networks[kind][:2], examples(kind), tmp_path_factory.mktemp("out")) for kind in KINDS}
 
 
-def agreement_of(model: Any, sources: Sequence[Source], inputs: Inputs) -> float:
+@functools.cache
+def loaded(path: Path) -> Any:
+    return zoo.load(path)
+
+
+def outputs_of(source: Source, x: np.ndarray) -> np.ndarray:
+    return zoo.predictions(loaded(source.path), x)[0]
+
+
+def agreement_of(model: Any, sources: Sequence[Source], given: Inputs) -> float:
     """Mean agreement of the heads with the sources, on the inputs that nothing was fitted to."""
-    _, unseen = inputs.split(UNSEEN, 0)
-    made = zoo.predictions(model, unseen.arrays[0])
-    return float(np.mean([
-        measure_agreement("", "", outputs_of(source, unseen), own, False).value
-        for source, own in zip(sources, made, strict=True)
-    ]))
+    x = given.split(UNSEEN, 0)[1].arrays[0]
+    pairs = zip(sources, zoo.predictions(model, x), strict=True)
+    return float(np.mean([measure_agreement("", "", outputs_of(one, x), made, False).value for one, made in pairs]))
 
 
-def mean_value(fusion: Fusion) -> float:
+def reported(fusion: Fusion) -> float:
     return float(np.mean([item.value for item in fusion.agreements]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("dense", "fuse"), ("residual", "fuse"), ("dense", "align"), ("residual", "zip"), ("dense", "zip")],
+)
+def test_a_permuted_twin_gives_the_original_function(
+    kind: str, method: str, networks: Networks, tmp_path: Path
+) -> None:
+    source, given = networks[kind][0], examples(kind)
+    fusion, model = fuse([source, twin_of(source, "twin")], given, tmp_path, method=method)
+    x = network(kind).inputs(50, seed=5)
+    for made in zoo.predictions(model, x):
+        np.testing.assert_allclose(made, outputs_of(source, x), atol=1e-5)
+    assert reported(fusion) > 1 - 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("distance", ["little", "more"])
+def test_related_sources_lose_nothing_against_the_plain_mean(
+    kind: str, distance: str, networks: Networks, tmp_path: Path
+) -> None:
+    sources, given = networks[f"{kind} {distance}"], examples(kind)
+    fusion, model = fuse(sources, given, tmp_path)
+    mean = agreement_of(zoo.load(merge(sources, tmp_path / "mean.keras")), sources, given)
+    assert reported(fusion) >= mean - 1e-5
+    assert agreement_of(model, sources, given) == pytest.approx(reported(fusion), abs=1e-4)  # what is written
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_strangers_lose_less_than_by_the_plain_mean(
+    kind: str, networks: Networks, strangers: dict[str, tuple[Fusion, Any]], tmp_path: Path
+) -> None:
+    fusion, model = strangers[kind]
+    sources, given = networks[kind][:2], examples(kind)
+    mean = agreement_of(zoo.load(merge(sources, tmp_path / "mean.keras")), sources, given)
+    assert reported(fusion) > 0.9 > mean + 0.1
+    assert agreement_of(model, sources, given) == pytest.approx(reported(fusion), abs=1e-4)
+    assert [item.rows for item in fusion.agreements] == [24, 24]
+
+
+def test_the_average_as_output_is_that_of_the_heads(
+    networks: Networks, strangers: dict[str, tuple[Fusion, Any]], tmp_path: Path
+) -> None:
+    fusion, model = fuse(networks["dense"][:2], examples("dense"), tmp_path, outputs="mean")
+    x = network("dense").inputs(50, seed=5)
+    heads = zoo.predictions(strangers["dense"][1], x)
+    (made,) = zoo.predictions(model, x)
+    np.testing.assert_allclose(made, np.mean(heads, axis=0), atol=1e-5)
+    (agreement,) = fusion.agreements
+    unseen = examples("dense").split(UNSEEN, 0)[1].arrays[0]
+    wanted = np.mean([outputs_of(source, unseen) for source in networks["dense"][:2]], axis=0)
+    own = measure_agreement("", "", wanted, zoo.predictions(model, unseen)[0], False)
+    assert agreement.value == pytest.approx(own.value, abs=1e-5)
+
+
+def test_inputs_of_their_own_change_no_weight(
+    networks: Networks, strangers: dict[str, tuple[Fusion, Any]], tmp_path: Path
+) -> None:
+    _, model = fuse(networks["dense"][:2], examples("dense"), tmp_path, inputs="separate")
+    assert len(model.inputs) == 2
+    one, two = network("dense").inputs(30, seed=5), network("dense").inputs(30, seed=6)
+    expected = [zoo.predictions(strangers["dense"][1], x)[n] for n, x in enumerate((one, two))]
+    for made, wanted in zip(
+        zoo.predictions(
+            model,
+            dict(zip(model.input_names, (one, two), strict=True)) if isinstance(model.input, dict) else [one, two],
+        ),
+        expected,
+        strict=True,
+    ):
+        np.testing.assert_allclose(made, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["fuse", "align", "zip"])
+def test_a_source_of_no_weight_is_left_out(method: str, networks: Networks, tmp_path: Path) -> None:
+    """The trunk is that of the other one; its own head is fitted to it all the same."""
+    sources = networks["dense"][:2]
+    fusion, model = fuse(sources, examples("dense"), tmp_path, weights=[1, 0], method=method)
+    x = network("dense").inputs(50, seed=5)
+    np.testing.assert_allclose(zoo.predictions(model, x)[0], outputs_of(sources[0], x), atol=1e-4)
+    assert fusion.agreements[1].value > 0.5
+
+
+def test_the_seed_is_all_that_chance_follows(
+    networks: Networks, strangers: dict[str, tuple[Fusion, Any]], tmp_path: Path
+) -> None:
+    again, _ = fuse(networks["dense"][:2], examples("dense"), tmp_path)
+    for place, value in strangers["dense"][0].values.items():
+        np.testing.assert_array_equal(again.values[place], value)
+
+
+# ---- repair
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"), [("dense", ["one", "two"]), ("residual", ["norm_one", "norm_two", "norm_three"])]
+)
+def test_repaired_units_have_the_mean_and_the_spread_of_the_sources(
+    kind: str, layers: list[str], networks: Networks, tmp_path: Path
+) -> None:
+    """Of what a layer gives before its activation, or a normalisation; the other source has another order."""
+    import keras
+
+    source, near = networks[f"{kind} more"]
+    given = examples(kind)
+    options = {"by": "activations", "repair": True, "refit": False}
+    _, model = fuse([source, twin_of(near, "b")], given, tmp_path, method="align", options=options)
+    (fitted,) = given.split(UNSEEN, 0)[0].arrays
+
+    def moments(network: Any, name: str) -> np.ndarray:
+        layer = network.get_layer(name)
+        values = np.asarray(keras.Model(network.inputs, layer.output if "norm" in name else layer.input)(fitted))
+        if "norm" not in name:
+            kernel, bias = layer.get_weights()
+            values = values @ kernel + bias
+        rows = values.reshape(-1, values.shape[-1])
+        return np.stack([rows.mean(axis=0), rows.std(axis=0)])
+
+    for name in layers:
+        one, two = (moments(loaded(item.path), name) for item in (source, near))
+        assert np.abs(one - two).max() > 0.05
+        np.testing.assert_allclose(moments(model, name), (one + two) / 2, atol=2e-4)
+
+
+# ---- wider
+
+
+def trunk_of(model: Any) -> int:
+    """Parameters of all layers but heads."""
+    return sum(layer.count_params() for layer in model.layers if layer.weights and layer.output.shape[-1] != 3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_wider_trunk_has_as_much_as_an_even_one_and_agrees_better(
+    kind: str, networks: Networks, strangers: dict[str, tuple[Fusion, Any]], tmp_path: Path
+) -> None:
+    sources, given = networks[kind][:2], examples(kind)
+    fusion, model = fuse(sources, given, tmp_path, width=1.5)
+    even = trunk_of(network(kind, 1.5).build(0))
+    assert 0.75 * even < trunk_of(model) <= even
+    assert trunk_of(model) > trunk_of(strangers[kind][1])
+    assert reported(fusion) > reported(strangers[kind][0])
+    assert agreement_of(model, sources, given) == pytest.approx(reported(fusion), abs=1e-4)
+    assert not fusion.notes
+
+
+def test_a_narrower_trunk_is_so_throughout(networks: Networks, tmp_path: Path) -> None:
+    _, model = fuse(networks["dense"][:2], examples("dense"), tmp_path, width=0.5)
+    assert [model.get_layer(name).units for name in ("one", "two")] == [5, 4]
+
+
+def test_units_that_are_counted_on_keep_their_number(tmp_path: Path) -> None:
+    def recipe(b: Any, x: Any) -> Any:
+        y = b.Reshape((4, 3))(b.Dense(12, activation="relu", name="counted")(x))
+        return b.Dense(3, name="top")(b.Flatten()(b.Conv1D(6, 2, activation="relu", name="free")(y)))
+
+    case = zoo.TopologyCase("counted", zoo.F(6), recipe)
+    with ExitStack() as stack:
+        sources = [
+            stack.enter_context(open_source(zoo.save(case.build(n), tmp_path / f"{label}.keras"), label))
+            for n, label in enumerate("ab")
+        ]
+        fusion, model = fuse(sources, inputs_of(case.inputs(100)), tmp_path, width=1.5)
+        assert model.get_layer("counted").units == 12
+        assert model.get_layer("free").filters == 9
+        assert len([note for note in fusion.notes if "keep their number" in note]) == 1
+        assert agreement_of(model, sources, inputs_of(case.inputs(100))) == pytest.approx(reported(fusion), abs=1e-4)

@@ -16,7 +16,7 @@ import numpy as np
 from kmerge.fuse.pairs import Frame, Pair
 from kmerge.methods.registry import Array
 
-STEPS = 25
+STEPS = 20
 WORK = 10**11
 """Multiplications that the search in one space may take."""
 _RIDGE = 1e-4

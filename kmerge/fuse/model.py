@@ -47,13 +47,13 @@ from kmerge.similarity import RELATED, ancestry, layer_cosines
 from kmerge.spaces import layout_spaces
 from kmerge.surgery import Merged, merge_graphs
 
-MEMORY = 256 << 20
+MEMORY = 96 << 20
 """Bytes of activations that each of both networks may keep between two steps."""
 BATCH_BYTES = 2 << 20
 """Bytes of inputs that are run at a time."""
 HELD_BACK = 5
 """One input of so many chooses the strength of the regressions."""
-ENOUGH = 2000
+ENOUGH = 1000
 """Inputs below which more are made out of pairs of them."""
 UNSEEN = 0.1
 """Share of the inputs that measure the agreement and nothing else."""
@@ -101,7 +101,7 @@ def fuse_models(
     Raises:
         MergeError: if Keras does not open the sources, or something is not finite.
 
-    Memory: the weights of all sources and of the merged model, 256 MB of activations for each of both networks, and
+    Memory: the weights of all sources and of the merged model, 96 MB of activations for each of both networks, and
     one layer's sums of products.
     """
     fitted, unseen = inputs.split(UNSEEN, plan.seed)
@@ -191,7 +191,7 @@ class _Run:
         shared = [number for number, layer in enumerate(plan.of_first) if layer.role == "shared" and layer.has_weights]
         spaces = layout_spaces(layout, shared)
         frame = Frame(layout.sources, spaces, tuple(space.size for space in spaces))
-        size = max(1, min(128, BATCH_BYTES // max(1, sum(array[:1].nbytes for array in inputs.arrays))))
+        size = max(1, min(64, BATCH_BYTES // max(1, sum(array[:1].nbytes for array in inputs.arrays))))
         rng = np.random.default_rng(plan.seed)
         batches, held = [], []
         for batch in inputs.batches(size):

@@ -62,10 +62,11 @@ def fuse(stack: Array, *, weights: Array) -> Array:
     """Cluster the units of all sources, fit every shared layer to the clusters, then every head to the trunk.
 
     For models that were trained apart. The sources are run on calibration inputs, which need no labels. In each feature
-    space of the graph the units of all sources are pooled and clustered by what they respond to, and the clusters' means
-    bettered by a search for blends from which all units follow; each shared layer is then solved by ridge regression,
-    front to back, from what the merged network itself computes to what the blends give. BatchNormalization takes the statistics that the merged network really has, and each head is fitted to what
-    its source's gives. With --width above 1 the trunk gets more units than a source has.
+    space of the graph the units of all sources are pooled and clustered by what they respond to, and the clusters'
+    means bettered by a search for blends from which all units follow; each shared layer is then solved by ridge
+    regression, front to back, from what the merged network itself computes to what the blends give. BatchNormalization
+    takes the statistics that the merged network really has, and each head is fitted to what its source's gives. With
+    --width above 1 the trunk gets more units than a source has.
 
     Args:
         stack: values whose units stand in one order already, shape (n, *shape), one row per source.
