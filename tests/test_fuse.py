@@ -425,6 +425,16 @@ def test_zip_by_hand() -> None:
     np.testing.assert_allclose(pair.merge, [[[0.25, 0], [0, 0.25]], [[0.75, 0], [0, 0.75]]])
 
 
+def test_zip_leaves_units_of_no_share_out() -> None:
+    """0 and 1 stay apart, however much they are like the others: two merged units are for two that count."""
+    correlation = np.full((4, 4), 0.9) + 0.1 * np.eye(4)
+    correlation[2, 0] = correlation[0, 2] = 0.95
+    correlation[3, 0] = correlation[0, 3] = 0.99
+    pair = zipped(correlation, [1.0, 0.0], 2)
+    np.testing.assert_array_equal(pair.merge, [np.eye(2), np.zeros((2, 2))])
+    np.testing.assert_array_equal(pair.unmerge, [np.eye(2), [[1, 1], [0, 0]]])
+
+
 def test_zip_finds_an_order_that_was_planted() -> None:
     correlation, orders = planted(4, 0.2)
     pair = zipped(correlation, [0.25] * 4, 8)
@@ -718,14 +728,8 @@ def test_inputs_of_their_own_change_no_weight(
     assert len(model.inputs) == 2
     one, two = network("dense").inputs(30, seed=5), network("dense").inputs(30, seed=6)
     expected = [zoo.predictions(strangers["dense"][1], x)[n] for n, x in enumerate((one, two))]
-    for made, wanted in zip(
-        zoo.predictions(
-            model,
-            dict(zip(model.input_names, (one, two), strict=True)) if isinstance(model.input, dict) else [one, two],
-        ),
-        expected,
-        strict=True,
-    ):
+    given = {"a": one, "b": two} if isinstance(model.input, dict) else [one, two]
+    for made, wanted in zip(zoo.predictions(model, given), expected, strict=True):
         np.testing.assert_allclose(made, wanted, atol=1e-6)
 
 
@@ -736,7 +740,7 @@ def test_a_source_of_no_weight_is_left_out(method: str, networks: Networks, tmp_
     fusion, model = fuse(sources, examples("dense"), tmp_path, weights=[1, 0], method=method)
     x = network("dense").inputs(50, seed=5)
     np.testing.assert_allclose(zoo.predictions(model, x)[0], outputs_of(sources[0], x), atol=1e-4)
-    assert fusion.agreements[1].value > 0.5
+    assert fusion.agreements[1].value > 0.3
 
 
 def test_the_seed_is_all_that_chance_follows(
@@ -767,7 +771,7 @@ def test_repaired_units_have_the_mean_and_the_spread_of_the_sources(
 
     def moments(network: Any, name: str) -> np.ndarray:
         layer = network.get_layer(name)
-        values = np.asarray(keras.Model(network.inputs, layer.output if "norm" in name else layer.input)(fitted))
+        values = np.asarray(keras.Model(network.inputs, layer.output if "norm" in name else layer.input)([fitted]))
         if "norm" not in name:
             kernel, bias = layer.get_weights()
             values = values @ kernel + bias
@@ -809,8 +813,8 @@ def test_a_narrower_trunk_is_so_throughout(networks: Networks, tmp_path: Path) -
 
 def test_units_that_are_counted_on_keep_their_number(tmp_path: Path) -> None:
     def recipe(b: Any, x: Any) -> Any:
-        y = b.Reshape((4, 3))(b.Dense(12, activation="relu", name="counted")(x))
-        return b.Dense(3, name="top")(b.Flatten()(b.Conv1D(6, 2, activation="relu", name="free")(y)))
+        y = b.GroupNormalization(groups=3)(b.Dense(12, activation="relu", name="counted")(x))
+        return b.Dense(3, name="top")(b.Dense(6, activation="relu", name="free")(y))
 
     case = zoo.TopologyCase("counted", zoo.F(6), recipe)
     with ExitStack() as stack:
@@ -820,6 +824,6 @@ def test_units_that_are_counted_on_keep_their_number(tmp_path: Path) -> None:
         ]
         fusion, model = fuse(sources, inputs_of(case.inputs(100)), tmp_path, width=1.5)
         assert model.get_layer("counted").units == 12
-        assert model.get_layer("free").filters == 9
+        assert model.get_layer("free").units == 9
         assert len([note for note in fusion.notes if "keep their number" in note]) == 1
         assert agreement_of(model, sources, inputs_of(case.inputs(100))) == pytest.approx(reported(fusion), abs=1e-4)

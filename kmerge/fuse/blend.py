@@ -20,7 +20,7 @@ STEPS = 20
 WORK = 10**11
 """Multiplications that the search in one space may take."""
 _RIDGE = 1e-4
-_EXACT = 1e-7
+_EXACT = 1e-6
 """Share that is lost from which nothing has to be looked for."""
 
 Function = tuple[Callable[[Array], Array], Callable[[Array, Array], Array]]

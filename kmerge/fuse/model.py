@@ -241,7 +241,7 @@ class _Run:
             rng = np.random.default_rng(plan.seed)
 
             def loss(number: int, size: int) -> float:
-                return unexplained(frame, number, moments[number], scaled.get(number, False), size, rng)
+                return unexplained(frame, number, moments[number], scaled.get(number, False), size, rng, context.shares)
 
             context.frame = frame = replace(frame, sizes=spent(context, plan.width, changing, loss))
             self._tell_width(context, free, changing)
@@ -259,7 +259,7 @@ class _Run:
         if self.method == "fuse" and whole:
             return selected(frame, number, moments, context.shares)
         if self.method == "fuse":
-            pair = clustered(frame, number, moments, scaled, context.rng)
+            pair = clustered(frame, number, moments, scaled, context.rng, context.shares)
             samples = samples_of(context, seen, moments)
             return pair if samples is None else blended(frame, number, samples, pair, context.shares)
         likeness = correlations(moments.total, moments.products, moments.count)

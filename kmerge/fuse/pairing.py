@@ -80,19 +80,22 @@ def zipped(correlation: Array, shares: Sequence[float], size: int) -> Pair:
 
     Args:
         correlation: of all units of all sources, shape (sources * units,) squared.
-        shares: importance of the sources: of the members of a group in its mean.
+        shares: importance of the sources: of the members of a group in its mean. Units of a source without one join a
+            group when all are made.
         size: merged units.
 
     Departs from the paper: joins are by the lowest correlation between members, and stop when `size` groups are left,
     without a limit on how many units of one source a group may hold.
     """
-    count, likeness = len(shares), correlation.copy()
-    units = len(likeness)
+    count, units = len(shares), len(correlation)
+    weights = np.repeat(np.asarray(shares), units // count)
+    counts = np.flatnonzero(weights > 0)
+    likeness = correlation[np.ix_(counts, counts)]
     np.fill_diagonal(likeness, -np.inf)
-    groups: list[list[int]] = [[unit] for unit in range(units)]
+    groups: list[list[int]] = [[unit] for unit in counts.tolist()]
     best = likeness.argmax(axis=1)
-    top = likeness[np.arange(units), best]
-    for _ in range(units - size):
+    top = likeness[np.arange(len(counts)), best]
+    for _ in range(len(counts) - size):
         one = int(np.argmax(top))
         two = int(best[one])
         groups[one] += groups[two]
@@ -107,12 +110,13 @@ def zipped(correlation: Array, shares: Sequence[float], size: int) -> Pair:
             best[row] = int(likeness[row].argmax())
             top[row] = likeness[row, best[row]]
     kept = [group for group in groups if group]
+    lowest = np.stack([correlation[:, group].min(axis=1) for group in kept], axis=1)
+    for unit in np.flatnonzero(weights == 0).tolist():
+        kept[int(lowest[unit].argmax())].append(unit)
     merge = np.zeros((units, size))
     unmerge = np.zeros((size, units))
-    weights = np.repeat(np.asarray(shares), units // count)
     for number, group in enumerate(kept):
-        own = weights[group] if weights[group].sum() > 0 else np.ones(len(group))
-        merge[group, number] = own / own.sum()
+        merge[group, number] = weights[group] / weights[group].sum()
         unmerge[number, group] = 1.0
     return Pair(
         merge.reshape(count, -1, size), np.ascontiguousarray(unmerge.reshape(size, count, -1).transpose(1, 0, 2))

@@ -192,6 +192,8 @@ class Regression:
 
     def moments(self, kernel: Array, columns: slice) -> tuple[Array, Array]:
         """Mean and variance of `inputs[:, columns] @ kernel` over all rows, shape (q,) each."""
+        if not self._rows:
+            return np.zeros(kernel.shape[1]), np.ones(kernel.shape[1])
         if self._sums is None:
             made = np.concatenate([x for x, _, _ in self._kept])[:, columns] @ kernel
             return made.mean(axis=0), made.var(axis=0)

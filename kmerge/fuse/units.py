@@ -85,7 +85,14 @@ def importance(frame: Frame, space: Space) -> Array:
     return result
 
 
-def clustered(frame: Frame, number: int, moments: Moments, scaled: bool, rng: np.random.Generator) -> Pair:
+def clustered(
+    frame: Frame,
+    number: int,
+    moments: Moments,
+    scaled: bool,
+    rng: np.random.Generator,
+    shares: Sequence[float] | None = None,
+) -> Pair:
     """Units of one space by weighted k-means.
 
     Args:
@@ -94,9 +101,10 @@ def clustered(frame: Frame, number: int, moments: Moments, scaled: bool, rng: np
         moments: of its units.
         scaled: whether a unit's size means nothing, because what follows keeps multiples multiples (ReLU).
         rng: source of random numbers.
+        shares: importance of the sources; equal by default.
     """
     size, count = frame.sizes[number], len(frame.sources)
-    crowd = _crowd(frame, number, moments, scaled)
+    crowd = _crowd(frame, number, moments, scaled, shares)
     labels = cluster_units(crowd.likeness, crowd.weights, size, rng)
     units = np.arange(len(labels))
     merge = np.zeros((len(labels), size))
@@ -121,21 +129,28 @@ class _Crowd:
     weights: Array
 
 
-def _crowd(frame: Frame, number: int, moments: Moments, scaled: bool) -> _Crowd:
+def _crowd(frame: Frame, number: int, moments: Moments, scaled: bool, shares: Sequence[float] | None = None) -> _Crowd:
     products = moments.products / max(moments.count, 1)
     square = np.maximum(np.diagonal(products), _LEAST)
     length = np.sqrt(square) if scaled else np.ones_like(square)
     matters = importance(frame, frame.spaces[number]) * (square.reshape(len(frame.sources), -1) if scaled else 1.0)
     matters = matters / np.maximum(matters.sum(axis=1, keepdims=True), 1e-300)
-    weights = matters.ravel() if matters.any() else np.ones(len(square))
+    weights = matters if matters.any() else np.ones_like(matters)
+    weights = (weights if shares is None else weights * np.asarray(shares)[:, None]).ravel()
     return _Crowd(products, products / np.outer(length, length), length, weights)
 
 
 def unexplained(
-    frame: Frame, number: int, moments: Moments, scaled: bool, size: int, rng: np.random.Generator
+    frame: Frame,
+    number: int,
+    moments: Moments,
+    scaled: bool,
+    size: int,
+    rng: np.random.Generator,
+    shares: Sequence[float] | None = None,
 ) -> float:
     """Share of what the units of a space do, by how much they matter, that is lost with so many clusters."""
-    crowd = _crowd(frame, number, moments, scaled)
+    crowd = _crowd(frame, number, moments, scaled, shares)
     labels = cluster_units(crowd.likeness, crowd.weights, min(size, len(crowd.weights)), rng)
     lost = (
         crowd.weights
