@@ -49,13 +49,14 @@ def unit_moments(context: Context, tasks: Sequence[Task]) -> dict[int, Moments]:
     sites: list[Site] = [site for task in tasks for site in task.sites()]
     wanted = tuple(dict.fromkeys(ref for site in sites for ref in site.tensors))
     result: dict[int, Moments] = {}
-    for values in context.source_tape.passes(wanted, ()):
+    for batch, values in zip(context.source_tape.batches, context.source_tape.passes(wanted, ()), strict=True):
+        part = SAMPLE * len(batch[0]) / context.examples
         for number, site in enumerate(sites):
             for space, rows in site.views(values, ROWS / context.examples, context.rng):
                 size = rows.shape[1]
                 found = result.setdefault(space, Moments(np.zeros(size), np.zeros((size, size))))
                 found.add(rows)
-                kept = context.rng.random(len(rows)) < SAMPLE / ROWS
+                kept = context.rng.random(len(rows)) < part / max(len(rows), 1)
                 found.samples.setdefault(number, []).append(rows[kept].astype(np.float32))
     return result
 
@@ -69,7 +70,7 @@ def samples_of(context: Context, tasks: Sequence[Task], moments: Moments) -> lis
         if not functions or any(context.follows(ref) is None for ref in sites[number].tensors):
             return None
         values = np.concatenate(rows)
-        if len(values) > 8:
+        if len(values) >= 2 * values.shape[1]:  # with fewer, what follows from blends follows by chance
             found.append(Sample(values, next(iter(functions.values()))))
     return found
 
