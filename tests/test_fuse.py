@@ -22,7 +22,7 @@ from kmerge.calibration.inputs import Inputs
 from kmerge.engine import merge_tensors
 from kmerge.fuse import model as fuse_model
 from kmerge.fuse import ridge
-from kmerge.fuse.blend import FUNCTIONS, Sample, _Problem, blended, function_of
+from kmerge.fuse.blend import FUNCTIONS, Sample, _metric, _Problem, blended, function_of
 from kmerge.fuse.clusters import cluster_units, distances
 from kmerge.fuse.model import UNSEEN, Fusion, fuse_models
 from kmerge.fuse.pairing import assigned, correlations, transported, zipped
@@ -324,6 +324,38 @@ def test_a_source_without_a_share_has_no_say() -> None:
     other = own[::-1]
     assert task.cost(own)[0] < 1e-6
     assert task.cost(other)[0] > 0.05
+
+
+def test_errors_count_by_what_becomes_of_them_at_the_outputs() -> None:
+    """Units that the outputs do not depend on may be lost: the one blend goes to the unit that they do depend on."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((400, 4)) * [1, 3, 1, 3]
+    frame = framed([np.eye(2)] * 2)
+    start = Pair(np.full((2, 2, 2), 0.25) + 0.01 * rng.standard_normal((2, 2, 2)), np.ones((2, 2, 2)))
+    matters = np.diag([1.0, 0.0, 1.0, 0.0])
+    found = blended(frame, 0, [Sample(values, FUNCTIONS["linear"], matters)], start, [0.5, 0.5])
+    blends = found.merge.reshape(4, 2) * np.array([1, 3, 1, 3])[:, None]
+    share = np.sum(blends[[0, 2]] ** 2) / np.sum(blends**2)
+    assert share > 0.9
+    plain = blended(frame, 0, [Sample(values, FUNCTIONS["linear"])], start, [0.5, 0.5])
+    blends = plain.merge.reshape(4, 2) * np.array([1, 3, 1, 3])[:, None]
+    assert np.sum(blends[[1, 3]] ** 2) / np.sum(blends**2) > 0.9  # the larger ones, where nothing else is known
+
+
+def test_every_source_counts_by_its_share_whatever_the_size_of_its_gradients() -> None:
+    rng = np.random.default_rng(1)
+    covariance = np.diag([1.0, 2.0, 3.0, 4.0])
+    slopes = np.zeros((4, 4))
+    for source, size in enumerate((1.0, 1e6)):
+        own = slice(2 * source, 2 * source + 2)
+        roots = rng.standard_normal((2, 2)) * size
+        slopes[own, own] = roots @ roots.T
+    readers = [(0, np.eye(4)[:, :2]), (1, 5 * np.eye(4)[:, 2:]), (1, np.eye(4)[:, 2:])]
+    for given in (slopes, np.zeros((4, 4))):
+        found = _metric(covariance, readers, given, [0.75, 0.25])
+        assert [float(np.sum((found * covariance)[s : s + 2, s : s + 2])) for s in (0, 2)] == pytest.approx(
+            [0.75, 0.25]
+        )
 
 
 def permuted_units(units: int = 6, rows: int = 4000) -> tuple[Frame, np.ndarray, Pair]:

@@ -24,6 +24,7 @@ from kmerge.fuse.blend import blended
 from kmerge.fuse.design import agrees, linear_rows
 from kmerge.fuse.model import Fusion, fuse_models
 from kmerge.fuse.ridge import Regression
+from kmerge.fuse.sensitivity import sensitivities
 from kmerge.fuse.units import samples_of
 from kmerge.layout import lay_out
 from kmerge.output import create_output
@@ -41,6 +42,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without more inputs and without blends, which cost most of the time and have a test of their own."""
     monkeypatch.setattr("kmerge.fuse.model.ENOUGH", 0)
     monkeypatch.setattr("kmerge.fuse.model.samples_of", lambda *_: None)
+    monkeypatch.setattr("kmerge.fuse.model.sensitivities", lambda *_: {})
 
 
 def F(*shape: int) -> zoo.Spec:
@@ -321,6 +323,7 @@ def test_three_strangers_with_all_that_fusion_does(name: str, monkeypatch: pytes
 
     monkeypatch.setattr("kmerge.fuse.model.ENOUGH", 2 * ROWS)
     monkeypatch.setattr("kmerge.fuse.model.samples_of", samples_of)
+    monkeypatch.setattr("kmerge.fuse.model.sensitivities", sensitivities)
     monkeypatch.setattr("kmerge.fuse.model.blended", blending)
     monkeypatch.setattr("kmerge.fuse.model.crossed", crossing)
     strangers_work(zoo.TOPOLOGIES[name], 3)
@@ -331,6 +334,7 @@ def test_three_strangers_with_all_that_fusion_does(name: str, monkeypatch: pytes
 def test_a_twin_gives_the_original_function_with_all_that_fusion_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kmerge.fuse.model.ENOUGH", 2 * ROWS)
     monkeypatch.setattr("kmerge.fuse.model.samples_of", samples_of)
+    monkeypatch.setattr("kmerge.fuse.model.sensitivities", sensitivities)
     test_a_twin_gives_the_original_function("groups")
 
 

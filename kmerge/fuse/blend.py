@@ -19,6 +19,8 @@ from kmerge.methods.registry import Array
 STEPS = 20
 WORK = 10**11
 """Multiplications that the search in one space may take."""
+BY_OUTPUTS = 0.8
+"""How much counts what an error does to the sources' outputs, against what it does to the layers behind."""
 _RIDGE = 1e-4
 _EXACT = 1e-6
 """Share that is lost from which nothing has to be looked for."""
@@ -84,10 +86,13 @@ class Sample:
     Attributes:
         rows: shape (rows, sources * units).
         function: the activation.
+        slopes: mean products of the gradients of the sources' outputs with the units' activations, shape
+            (sources * units,) squared; None where they are not known.
     """
 
     rows: Array
     function: Function
+    slopes: Array | None = None
 
 
 def blended(frame: Frame, number: int, samples: Sequence[Sample], pair: Pair, shares: Sequence[float]) -> Pair:
@@ -125,11 +130,7 @@ class _Problem:
             values = sample.rows.astype(np.float32)
             active = sample.function[0](values)
             covariance = np.cov(active.T.astype(np.float64), bias=True)
-            metric = np.zeros((len(covariance),) * 2)
-            for source, weights in readers:
-                energy = float(np.einsum("ik,ij,jk->", weights, covariance, weights, optimize=True))
-                if energy > 0:
-                    metric += shares[source] / energy * (weights @ weights.T)
+            metric = _metric(covariance, readers, sample.slopes, shares)
             eigenvalues, vectors = np.linalg.eigh(metric)
             kept = eigenvalues > 1e-6 * max(float(eigenvalues[-1]), 1e-300)
             root = vectors[:, kept] * np.sqrt(eigenvalues[kept])
@@ -189,6 +190,33 @@ class _Problem:
             products += given.T @ active / scale
         gram += (1e-3 * np.trace(gram) / size + 1e-12) * np.eye(size)
         return np.asarray(np.linalg.solve(gram, products))
+
+
+def _metric(
+    covariance: Array, readers: Sequence[tuple[int, Array]], slopes: Array | None, shares: Sequence[float]
+) -> Array:
+    """How errors count: by what the layers behind read, and by what becomes of that at the sources' outputs.
+
+    Every source counts by its share, whatever the size of its weights and gradients.
+    """
+    size = len(covariance) // len(shares)
+    metric, told = np.zeros((len(covariance),) * 2), np.zeros(len(shares))
+    for source, weights in readers:
+        energy = float(np.einsum("ik,ij,jk->", weights, covariance, weights, optimize=True))
+        if energy > 0:
+            metric += shares[source] / energy * (weights @ weights.T)
+            told[source] += 1
+    if slopes is None:
+        return metric
+    for source, share in enumerate(shares):
+        own = slice(source * size, (source + 1) * size)
+        energy = float(np.sum(slopes[own, own] * covariance[own, own]))
+        if energy > 0:
+            metric[own, own] *= (1 - BY_OUTPUTS) / max(told[source], 1)
+            metric[own, own] += BY_OUTPUTS * share / energy * slopes[own, own]
+        else:
+            metric[own, own] /= max(told[source], 1)
+    return metric
 
 
 def _readers(frame: Frame, number: int) -> list[tuple[int, Array]]:

@@ -183,6 +183,11 @@ class Context:
         ref = refs(self.merged.graph.calls[call].arguments)[0]
         return Ref(ref.call, ref.output)
 
+    def every_input(self, call: int) -> Ref:
+        """The first tensor that a call of the sources' network reads."""
+        ref = refs(self.every.merged.graph.calls[call].arguments)[0]
+        return Ref(ref.call, ref.output)
+
     def seen(self, call: int, output: int = 0) -> list[tuple[int, Ref]]:
         """The same tensor in each source that a merged call stands for, in the sources' network."""
         return [(source, Ref(self._counterparts[source, own], output)) for source, own in self.merged.calls[call]]
@@ -197,7 +202,7 @@ class Context:
         if ref.output == BEFORE:
             layer = graph.layers[graph.calls[ref.call].layer]
             return function_of(activation_of(layer), layer.config)
-        readers = self._every_chains.readers.get(ref, ())
+        readers = self.every_chains.readers.get(ref, ())
         if len(readers) != 1 or readers[0] < 0:
             return function_of("linear", {})
         layer = graph.layers[graph.calls[readers[0]].layer]
@@ -208,7 +213,8 @@ class Context:
         return function_of("linear", {})
 
     @cached_property
-    def _every_chains(self) -> Chains:
+    def every_chains(self) -> Chains:
+        """Chains of the sources' network."""
         return Chains(self.every.merged)
 
     def columns(self, layer: int, place: int, axis: int, sources: Collection[int] | None = None) -> dict[int, Array]:

@@ -25,6 +25,7 @@ from kmerge.fuse.recurrent import recurrent_tasks
 from kmerge.fuse.repair import repair_tasks
 from kmerge.fuse.scale import scale_tasks
 from kmerge.fuse.selection import selected
+from kmerge.fuse.sensitivity import Sensitivities, sensitivities
 from kmerge.fuse.unfitted import held_spaces, unfitted
 from kmerge.fuse.units import (
     Moments,
@@ -146,6 +147,7 @@ class _Run:
         self.layout, self.plan, self.inputs, self.progress = layout, plan, inputs, progress
         self.notes: list[str] = []
         self.log: list[str] = []
+        self._matters: Sensitivities = {}
         self._opening = (folder, custom_objects, trusted)
         self.method = next((layer.method for layer in plan.layers if layer.method), plan.method)
         given = next((layer.options for layer in plan.layers if layer.method), plan.options)
@@ -245,6 +247,7 @@ class _Run:
 
             context.frame = frame = replace(frame, sizes=spent(context, plan.width, changing, loss))
             self._tell_width(context, free, changing)
+        self._matters = sensitivities(context, seen) if self.method == "fuse" and free else {}
         context.pairs = [
             self._paired(context, seen, number, moments[number], scaled.get(number, False), number in whole)
             if number in free
@@ -260,7 +263,7 @@ class _Run:
             return selected(frame, number, moments, context.shares)
         if self.method == "fuse":
             pair = clustered(frame, number, moments, scaled, context.rng, context.shares)
-            samples = samples_of(context, seen, moments)
+            samples = samples_of(context, seen, number, moments, self._matters)
             return pair if samples is None else blended(frame, number, samples, pair, context.shares)
         likeness = correlations(moments.total, moments.products, moments.count)
         if self.method == "zip":

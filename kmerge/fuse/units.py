@@ -13,6 +13,7 @@ from kmerge.fuse.chains import NORMALS, activation_of
 from kmerge.fuse.clusters import cluster_units, distances
 from kmerge.fuse.context import Context, Site, Task
 from kmerge.fuse.pairs import Frame, Pair, by_position, from_first
+from kmerge.fuse.sensitivity import Sensitivities
 from kmerge.graph import Ref
 from kmerge.methods.registry import Array
 from kmerge.spaces import Space
@@ -61,17 +62,19 @@ def unit_moments(context: Context, tasks: Sequence[Task]) -> dict[int, Moments]:
     return result
 
 
-def samples_of(context: Context, tasks: Sequence[Task], moments: Moments) -> list[Sample] | None:
+def samples_of(
+    context: Context, tasks: Sequence[Task], number: int, moments: Moments, matters: Sensitivities
+) -> list[Sample] | None:
     """Sampled rows of each site of a space with the activation that follows; None where one is not known."""
     sites = [site for task in tasks for site in task.sites()]
     found = []
-    for number, rows in moments.samples.items():
-        functions = {id(function): function for ref in sites[number].tensors if (function := context.follows(ref))}
-        if not functions or any(context.follows(ref) is None for ref in sites[number].tensors):
+    for place, rows in moments.samples.items():
+        functions = {id(function): function for ref in sites[place].tensors if (function := context.follows(ref))}
+        if not functions or any(context.follows(ref) is None for ref in sites[place].tensors):
             return None
         values = np.concatenate(rows)
         if len(values) >= 2 * values.shape[1]:  # with fewer, what follows from blends follows by chance
-            found.append(Sample(values, next(iter(functions.values()))))
+            found.append(Sample(values, next(iter(functions.values())), matters.get((place, number))))
     return found
 
 
