@@ -8,7 +8,7 @@ and Pereyra, 1973). Only sampled rows of the sources' own activations are looked
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,12 @@ import numpy as np
 from kmerge.fuse.pairs import Frame, Pair
 from kmerge.methods.registry import Array
 
-STEPS = 20
-WORK = 10**11
+STEPS, MORE_STEPS = 20, 60
+ROWS = 2_000
+"""Rows of each site that are looked at."""
+MUCH = 0.01
+"""Share that is lost at the start from which all rows are looked at, in more steps."""
+WORK = 10**12
 """Multiplications that the search in one space may take."""
 BY_OUTPUTS = 0.8
 """How much counts what an error does to the sources' outputs, against what it does to the layers behind."""
@@ -94,6 +98,10 @@ class Sample:
     function: Function
     slopes: Array | None = None
 
+    def thinned(self, rows: int) -> Sample:
+        """About that many of the rows, from all over them."""
+        return replace(self, rows=self.rows[:: max(1, round(len(self.rows) / rows))])
+
 
 def blended(frame: Frame, number: int, samples: Sequence[Sample], pair: Pair, shares: Sequence[float]) -> Pair:
     """A better pair of a space than the one given.
@@ -107,11 +115,14 @@ def blended(frame: Frame, number: int, samples: Sequence[Sample], pair: Pair, sh
     """
     units = len(frame.sources) * frame.spaces[number].size
     size = pair.size
-    problem = _Problem(frame, number, samples, shares)
+    problem = _Problem(frame, number, [sample.thinned(ROWS) for sample in samples], shares)
     start = pair.merge.reshape(units, size)
-    if not problem.sites or problem.cost(start)[0] < _EXACT:
+    lost = problem.cost(start)[0] if problem.sites else 0.0
+    if lost < _EXACT:
         return pair
-    found = problem.search(start)
+    if lost > MUCH:
+        problem = _Problem(frame, number, samples, shares)
+    found = problem.search(start, MORE_STEPS if lost > MUCH else STEPS)
     back = problem.unmerge(found)
     return Pair(
         found.reshape(len(frame.sources), -1, size),
@@ -160,7 +171,7 @@ class _Problem:
             gradient += values.T @ (toward * open_)
         return total / len(self.sites), gradient / len(self.sites)
 
-    def search(self, start: Array) -> Array:
+    def search(self, start: Array, most: int) -> Array:
         from scipy.optimize import minimize
 
         length = np.sqrt(
@@ -173,7 +184,7 @@ class _Problem:
             return value, (slope / length).ravel()
 
         work = sum(4 * values.size * start.shape[1] for values, *_ in self.sites)
-        steps = int(np.clip(WORK // max(work, 1), 5, STEPS))
+        steps = int(np.clip(WORK // max(work, 1), 5, most))
         found = minimize(cost, (start * length).ravel(), jac=True, method="L-BFGS-B", options={"maxiter": steps})
         return np.asarray(found.x.reshape(start.shape) / length)
 

@@ -48,7 +48,7 @@ from kmerge.similarity import RELATED, ancestry, layer_cosines
 from kmerge.spaces import layout_spaces
 from kmerge.surgery import Merged, merge_graphs
 
-MEMORY = 96 << 20
+MEMORY = 64 << 20
 """Bytes of activations that each of both networks may keep between two steps."""
 BATCH_BYTES = 2 << 20
 """Bytes of inputs that are run at a time."""
@@ -102,7 +102,7 @@ def fuse_models(
     Raises:
         MergeError: if Keras does not open the sources, or something is not finite.
 
-    Memory: the weights of all sources and of the merged model, 96 MB of activations for each of both networks, and
+    Memory: the weights of all sources and of the merged model, 64 MB of activations for each of both networks, and
     one layer's sums of products.
     """
     fitted, unseen = inputs.split(UNSEEN, plan.seed)

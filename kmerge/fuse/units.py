@@ -20,7 +20,7 @@ from kmerge.spaces import Space
 
 ROWS = 20_000
 """Rows of each site whose products are summed."""
-SAMPLE = 2_000
+SAMPLE = 6_000
 """Rows of each site that are kept."""
 _LEAST = 1e-12
 
