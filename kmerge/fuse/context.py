@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +20,7 @@ from kmerge.surgery import Merged, MergedLayer
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class Site(ABC):
     """Where the units of some spaces can be seen in all sources at once.
 
     Attributes:
@@ -33,10 +34,11 @@ class Site:
     """Whether a merged unit is a mean of several; False where some units are kept as they are instead."""
 
     @property
+    @abstractmethod
     def spaces(self) -> tuple[int, ...]:
         """Numbers of the spaces whose units are seen."""
-        raise NotImplementedError
 
+    @abstractmethod
     def views(self, values: Mapping[Ref, Any], picked: float, rng: np.random.Generator) -> Iterator[tuple[int, Array]]:
         """What units do.
 
@@ -48,7 +50,6 @@ class Site:
         Yields:
             Number of a space and values of shape (rows, sources * units), those of the first source first.
         """
-        raise NotImplementedError
 
 
 class Task(Protocol):

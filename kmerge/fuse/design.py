@@ -7,6 +7,7 @@ the layer's configuration; whether that is right is tried on the live layer befo
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,7 +21,7 @@ from kmerge.shapes.layers import einsum, inner_layer
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(ABC):
     """One linear layer.
 
     Attributes:
@@ -58,21 +59,21 @@ class Linear:
         found: Array = grid[places].reshape(len(places), -1)
         return found
 
+    @abstractmethod
     def rows(self, inputs: Array, picked: Array) -> Array:
         """Design rows at some places of the output, shape (picked, groups, p)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def outputs(self, outputs: Array) -> Array:
         """Outputs of the layer as (rows, channels)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def matrix(self, kernel: Array) -> Array:
         """The layer's kernel as (groups, p, q)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kernel(self, matrix: Array, like: tuple[int, ...]) -> Array:
         """The matrix as a kernel of the layer; `like` gives the sizes that are no channels."""
-        raise NotImplementedError
 
     def offset(self, bias: Array, offset: Array, like: tuple[int, ...]) -> Array:
         """A bias of the layer after `offset`, shape (channels,), was added to it."""

@@ -1,0 +1,74 @@
+"""Gradients in the middle of a network, against numbers worked out by hand."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import layers
+
+from kmerge.calibration.network import Network, open_network, to_numpy
+from kmerge.calibration.slopes import slopes
+from kmerge.graph import Ref
+from kmerge.layout import lay_out
+from kmerge.planning import make_plan
+from kmerge.rules import Rules
+from kmerge.source import open_source
+from kmerge.surgery import merge_graphs
+
+
+def side_by_side(folder: Path, stack: ExitStack) -> tuple[Network, list[keras.Model]]:
+    """Two networks of a frozen hidden layer and a head, on one input."""
+    models = []
+    for seed in range(2):
+        keras.utils.set_random_seed(seed)
+        hidden = layers.Dense(5, activation="relu", trainable=False)
+        model = keras.Sequential([layers.Input((4,)), hidden, layers.Dense(3, activation="softmax")])
+        model.save(folder / f"{seed}.keras")
+        models.append(model)
+    sources = [stack.enter_context(open_source(folder / f"{seed}.keras", "ab"[seed])) for seed in range(2)]
+    merged = merge_graphs(lay_out(sources), make_plan(sources, Rules(trunk="none", method="mean"), "0"))
+    return open_network(merged, sources, None, folder, "both"), models
+
+
+def test_gradients_are_those_worked_out_by_hand(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        network, models = side_by_side(tmp_path, stack)
+        graph = network.merged.graph
+        dense = [n for n, call in enumerate(graph.calls) if graph.layers[call.layer].class_name == "Dense"]
+        number = {graph.calls[call].layer: call for call in dense}
+        of = {
+            source: [
+                number[n] for n, one in enumerate(network.merged.layers) if one.members[0][0] == source and n in number
+            ]
+            for source in range(2)
+        }
+        x = np.random.default_rng(0).standard_normal((7, 4)).astype(np.float32)
+        weights = {Ref(of[s][1], -1): np.random.default_rng(1 + s).standard_normal((7, 3)) for s in range(2)}
+        inside = [Ref(of[s][0], output) for s in range(2) for output in (-1, 0)]
+        found = slopes(network, [x], list(weights), inside, lambda ref, _: weights[ref])
+        for source, model in enumerate(models):
+            kernel, bias = (to_numpy(value) for value in model.layers[0].weights)
+            behind = weights[Ref(of[source][1], -1)] @ to_numpy(model.layers[1].kernel).T
+            np.testing.assert_allclose(found[Ref(of[source][0], 0)], behind, atol=1e-5)
+            open_ = x @ kernel + bias > 0
+            np.testing.assert_allclose(found[Ref(of[source][0], -1)], behind * open_, atol=1e-5)
+
+
+def test_what_the_outputs_do_not_depend_on_has_no_gradient(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        network, _ = side_by_side(tmp_path, stack)
+        graph = network.merged.graph
+        first, second = (
+            [
+                Ref(n, 0)
+                for n, call in enumerate(graph.calls)
+                if network.merged.layers[call.layer].members[0][0] == source
+            ]
+            for source in range(2)
+        )
+        x = np.ones((2, 4), np.float32)
+        found = slopes(network, [x], [first[-1]], [first[-2], second[-1]], lambda _, values: np.ones_like(values))
+        assert set(found) == {first[-2]}
