@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kmerge.calibration.network import Network, to_numpy
+from kmerge.calibration.network import BEFORE, Network, to_numpy
 from kmerge.graph import Ref
 from kmerge.methods.registry import Array
 
@@ -31,8 +31,8 @@ def slopes(
         weigh: gives the factors of an output's entries.
 
     Returns:
-        A gradient for each of the tensors, in its shape. Those are missing that the outputs do not depend on, and all
-        of them on a backend without gradients (NumPy, OpenVINO).
+        A gradient for each of the tensors, in its shape. Those that the outputs do not depend on are missing, or 0 on
+        JAX; all are missing on a backend without gradients (NumPy, OpenVINO).
     """
     import keras
 
@@ -52,6 +52,8 @@ def _run(
     for ref in at:
         network.run(values, [ref])
         values[ref] = mark(values[ref], ref)
+        if ref.output == BEFORE:
+            values[Ref(ref.call, 0)] = network.activation(network.merged.graph.calls[ref.call].layer)(values[ref])
     network.run(values, outputs)
     return values
 
