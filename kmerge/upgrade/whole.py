@@ -1,0 +1,76 @@
+"""A source of any age as a source that current Keras could have written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from kmerge.dialects.reading import Dialect
+from kmerge.dialects.writing import write_model
+from kmerge.errors import FormatError
+from kmerge.source import Source, Weight
+from kmerge.store import Kind
+from kmerge.upgrade.network import CURRENT, context_of, state_of, upgrade_network
+from kmerge.upgrade.part import Obstacle
+
+
+@dataclass(frozen=True)
+class Upgraded:
+    """What an upgrade gave.
+
+    Attributes:
+        source: in current words, as a `.keras` file would hold it; its tensors are views of the old file's.
+        order: per layer, its weights in the order in which Keras lists them (`source.states` has them by path).
+        obstacles: why it is not the same function; empty where it is.
+        notes: what a user should know.
+    """
+
+    source: Source
+    order: tuple[tuple[Weight, ...], ...]
+    obstacles: tuple[Obstacle, ...]
+    notes: tuple[str, ...]
+
+
+def upgrade(
+    source: Source,
+    replacements: Mapping[str, Mapping[str, Any]] | None = None,
+    custom: Mapping[str, tuple[str, str]] | None = None,
+) -> Upgraded:
+    """Bring a source to current Keras; no weight is read.
+
+    Args:
+        source: a whole model, of any age.
+        replacements: entries of current Keras's layers that stand in for Lambdas, by the Lambda's name.
+        custom: `module` and `registered_name` of custom classes, by class name.
+
+    Returns:
+        The source in current words, and what stands in the way.
+
+    Raises:
+        FormatError: if it holds no graph.
+    """
+    if source.graph is None:
+        raise FormatError(
+            f"'{source.name}' holds no graph, so there is nothing to bring to current Keras. Give a whole model (.h5 or "
+            ".keras)."
+        )
+    context = context_of(source, replacements=replacements or {}, custom=custom or {})
+    network = upgrade_network(source, context)
+    states = tuple(
+        state_of(layer, weights) for layer, weights in zip(network.graph.layers, network.states, strict=True)
+    )
+    made = replace(
+        source,
+        kind=Kind.KERAS,
+        version=CURRENT,
+        backend="",
+        dialect=Dialect.KERAS3,
+        model=write_model(network.graph, Dialect.KERAS3, CURRENT),
+        metadata={},
+        graph=network.graph,
+        states=states,
+        root={},
+        nested=None,
+    )
+    return Upgraded(made, network.states, tuple(context.obstacles), tuple(context.notes))
