@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from kmerge.version import __version__
 
 if TYPE_CHECKING:
-    from kmerge.api import combine, compare, inspect, merge_models
+    from kmerge.api import combine, compare, convert, inspect, merge_models
+    from kmerge.conversion import Conversion
     from kmerge.errors import (
         DataError,
         FormatError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METHODS",
+    "Conversion",
     "DataError",
     "FormatError",
     "GraphError",
@@ -46,12 +48,14 @@ __all__ = [
     "__version__",
     "combine",
     "compare",
+    "convert",
     "inspect",
     "merge_models",
 ]
 
 _HOMES = {
-    **dict.fromkeys(("combine", "compare", "inspect", "merge_models"), "kmerge.api"),
+    **dict.fromkeys(("combine", "compare", "convert", "inspect", "merge_models"), "kmerge.api"),
+    "Conversion": "kmerge.conversion",
     "METHODS": "kmerge.methods",
     "Plan": "kmerge.plan",
     "Report": "kmerge.report.facts",

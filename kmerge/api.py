@@ -11,6 +11,8 @@ from typing import Any
 
 from kmerge import live
 from kmerge.agreement import warnings
+from kmerge.conversion import Conversion, convert_model, convert_path
+from kmerge.custom import import_custom, import_lambdas
 from kmerge.errors import PlanError
 from kmerge.job import check_output, prepare, shared_places, write
 from kmerge.layout import lay_out
@@ -210,6 +212,40 @@ def merge_models(
         if job.plan.freeze and job.merged is not None:
             live.freeze(model, shared_places(job.merged))
         return model
+
+
+def convert(
+    old: str | os.PathLike[str],
+    new: str | os.PathLike[str],
+    *,
+    lambda_: Mapping[str, Any] | None = None,
+    custom: Sequence[str] | Mapping[str, Any] = (),
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Convert a model file of any age to one that current Keras opens, and that computes the same.
+
+    Keras is not imported and nothing in the file is run, unless `lambda_` or `custom` ask for modules of the caller's.
+
+    Args:
+        old: a whole model: `.h5` or `.keras`, written by any Keras from 1.0 on or by tf.keras.
+        new: where to write; `.keras`, or `.h5` for the old format, decide by suffix; none for a folder.
+        lambda_: what stands in for each Lambda layer, by its name: `"MODULE:FUNCTION"`, or the object itself: a
+            `keras.layers.Layer` class, a layer, or a function registered with Keras.
+        custom: modules that register custom layers with Keras; or the classes themselves, by name.
+        force: replace an existing output.
+        progress: called with the bytes done and to do.
+
+    Returns:
+        The report; `to_dict()` is what `kmerge convert --json` prints.
+
+    Raises:
+        KmergeError: with what happened and how to go on. Nothing is written then.
+    """
+    lambdas = import_lambdas(lambda_ or {})
+    objects = import_custom(custom)
+    paths = convert_path(old, "old file"), convert_path(new, "output")
+    return convert_model(*paths, lambdas, objects, force, progress or silent)
 
 
 def inspect(path: str | os.PathLike[str]) -> Inspection:

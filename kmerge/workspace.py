@@ -65,6 +65,10 @@ class Workspace:
         """Classes of custom layers: those of the live models, and what the caller gave."""
         return {**live.custom_objects_of(self._models), **(given or {})}
 
+    def claim(self, source: Source) -> None:
+        """Count the files of a source among the inputs, which are never changed."""
+        self._inputs += source.files
+
     def subfolder(self) -> Path:
         """A new empty folder."""
         return Path(tempfile.mkdtemp(dir=self.folder))

@@ -16,6 +16,7 @@ from kmerge.live import RUNS_CODE
 from kmerge.report.facts import graph_size
 from kmerge.shapes import infer_shapes
 from kmerge.source import Source, State, is_parameter
+from kmerge.upgrade import upgrade
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Inspection:
     merge: Mapping[str, Any] | None = None
     weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Weights of a file without a graph."""
+    obstacles: tuple[Mapping[str, str], ...] = ()
+    """What `kmerge convert` needs from the user, or cannot do: layer, class_name, kind and reason each."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON, as `kmerge inspect --json` prints it."""
@@ -99,6 +102,7 @@ def inspect_source(source: Source) -> Inspection:
     if graph is None:
         shapes = {weight.key: weight.tensor.shape for state in source.states for weight in state.weights}
         return Inspection(**common, multiply_adds=None, inputs={}, outputs={}, layers=(), weights=shapes)
+    common["obstacles"] = tuple(vars(item) for item in upgrade(source).obstacles)
     known = infer_shapes(graph)
     roles = _roles(merge)
     layers = []

@@ -14,6 +14,6 @@ No framework is imported, no code of a file is run, and no weight is read before
 """
 
 from kmerge.upgrade.part import Obstacle
-from kmerge.upgrade.whole import Upgraded, upgrade
+from kmerge.upgrade.whole import Upgraded, alone, as_legacy, upgrade
 
-__all__ = ["Obstacle", "Upgraded", "upgrade"]
+__all__ = ["Obstacle", "Upgraded", "alone", "as_legacy", "upgrade"]

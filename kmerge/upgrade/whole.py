@@ -9,8 +9,9 @@ from typing import Any
 from kmerge.dialects.reading import Dialect
 from kmerge.dialects.writing import write_model
 from kmerge.errors import FormatError
-from kmerge.source import Source, Weight
+from kmerge.source import Source, State, Weight
 from kmerge.store import Kind
+from kmerge.surgery import Merged, MergedLayer
 from kmerge.upgrade.network import CURRENT, context_of, state_of, upgrade_network
 from kmerge.upgrade.part import Obstacle
 
@@ -74,3 +75,38 @@ def upgrade(
         nested=None,
     )
     return Upgraded(made, network.states, tuple(context.obstacles), tuple(context.notes))
+
+
+def as_legacy(upgraded: Upgraded) -> Source:
+    """An upgraded source as a current `.h5` file would hold it: groups by layer, weights in Keras's order.
+
+    Raises:
+        FormatError: if it has a bare operation, which no `.h5` file can hold.
+    """
+    source = upgraded.source
+    assert source.graph is not None
+    states = []
+    for layer, weights in zip(source.graph.layers, upgraded.order, strict=True):
+        if layer.is_operation:
+            raise FormatError(
+                f"'{layer.name}' is an operation ({layer.class_name}), which Keras cannot open again from an .h5 file: "
+                "write a .keras file."
+            )
+        named = [replace(weight, key=f"{layer.name}/{_legacy_key(weight)}") for weight in weights]
+        states.append(State(tuple(named)))
+    return replace(
+        source, kind=Kind.H5, dialect=Dialect.KERAS3_H5, states=tuple(states), backend="tensorflow"
+    )
+
+
+def _legacy_key(weight: Weight) -> str:
+    """`forward_layer/cell/vars/0` -> `forward_layer/cell/kernel`."""
+    return f"{weight.key.rpartition('vars/')[0]}{weight.name.rpartition('/')[2]}"
+
+
+def alone(source: Source) -> Merged:
+    """The graph of one source as the surgery would give it: everything kept."""
+    assert source.graph is not None
+    layers = tuple(MergedLayer("private", ((0, number),)) for number in range(len(source.graph.layers)))
+    calls = tuple(((0, number),) for number in range(len(source.graph.calls)))
+    return Merged(source.graph, layers, {}, calls)
