@@ -11,7 +11,6 @@ from kmerge.version import __version__
 
 if TYPE_CHECKING:
     from kmerge.api import combine, compare, convert, inspect, merge_models
-    from kmerge.conversion import Conversion
     from kmerge.errors import (
         DataError,
         FormatError,
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     )
     from kmerge.methods import METHODS
     from kmerge.plan import Plan
+    from kmerge.report.conversion import Conversion
     from kmerge.report.facts import Report
 
 __all__ = [
@@ -55,7 +55,7 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("combine", "compare", "convert", "inspect", "merge_models"), "kmerge.api"),
-    "Conversion": "kmerge.conversion",
+    "Conversion": "kmerge.report.conversion",
     "METHODS": "kmerge.methods",
     "Plan": "kmerge.plan",
     "Report": "kmerge.report.facts",

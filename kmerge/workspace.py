@@ -12,12 +12,13 @@ from typing import Any
 
 from kmerge import live
 from kmerge.dialects.reading import Dialect
-from kmerge.errors import MergeError, OutputError, PlanError
+from kmerge.errors import FormatError, OutputError, PlanError
 from kmerge.plan import is_there
-from kmerge.report.inspection import old_hard_sigmoid
+from kmerge.report.conversion import explain_obstacles
 from kmerge.rules import Rules, unique_labels
 from kmerge.source import Source, open_source, stem
 from kmerge.store import Kind, identify
+from kmerge.upgrade import as_legacy, is_outdated, upgrade
 
 SourceLike = Any
 """A path, or a live `keras.Model`."""
@@ -82,7 +83,7 @@ class Workspace:
         return dict(zip(unique_labels(names), values, strict=True))
 
     def open(self, sources: Sources, rules: Rules, base: Any, target: Path | None) -> list[Source]:
-        """Every source opened in one format and dialect; what is in another one goes through Keras."""
+        """Every source opened in one format and dialect; what is in another one is brought to current Keras."""
         values = self.peek(sources)
         labels = list(values) if rules.labels is None else list(rules.labels)
         if len(labels) != len(values):
@@ -146,33 +147,44 @@ class Workspace:
             return opened
         if target is not None and all(source.dialect is Dialect.KERAS3 for source in opened):
             return opened
-        for source in opened:
-            layers = old_hard_sigmoid(source)
-            if layers:
-                self.notes += (changed_meaning(source.label, layers),)
-        return [source if source.dialect is Dialect.KERAS3 else self._converted(source) for source in opened]
+        return [source if source.dialect is Dialect.KERAS3 else upgraded(source) for source in opened]
 
-    def _converted(self, source: Source) -> Source:
-        if source.path is None:
-            raise MergeError(f"The live model '{source.label}' cannot be brought into one format with the others.")
-        path = live.convert_file(source.path, source.model, self.subfolder(), "model")
-        again = open_source(path, source.label)
-        self._stack.callback(again.close)
-        note = f"converted from {source.kind.value} by Keras"
-        return replace(
-            again, name=source.name, size=source.size, training=source.training, warnings=(*source.warnings, note)
-        )
+    def to_run(self, opened: Sequence[Source], target: Path | None = None) -> list[Source]:
+        """The sources in words that current Keras opens, and computes as their writers did.
+
+        They are left as they are where it does already, and where layers of the user's own are known to Keras alone.
+        A target named .h5 keeps them in that format.
+        """
+        if not any(is_outdated(source) for source in opened):
+            return list(opened)
+        found = [upgrade(source) for source in opened]
+        kinds = {item.kind for one in found for item in one.obstacles}
+        if kinds == {"custom"}:
+            return list(opened)
+        for source, one in zip(opened, found, strict=True):
+            if one.obstacles:
+                raise FormatError(explain_obstacles(source.name, one.obstacles))
+        if target is not None and family(target) is False:
+            return [as_legacy(one) for one in found]
+        return [one.source for one in found]
 
 
 def _is_path(value: Any) -> bool:
     return isinstance(value, (str, os.PathLike))
 
 
-def changed_meaning(label: str, layers: Sequence[str]) -> str:
-    return (
-        f"'{label}': {', '.join(layers[:3])} compute hard_sigmoid as Keras 2 did; in current Keras it is another "
-        "function, so that predictions differ a little"
-    )
+def upgraded(source: Source) -> Source:
+    """A source of another dialect as a `.keras` file of current Keras would hold it.
+
+    Raises:
+        FormatError: if it holds code, or layers that are not Keras's own.
+    """
+    live.check_runs_no_code(source.model, source.name)
+    found = upgrade(source)
+    if found.obstacles:
+        raise FormatError(explain_obstacles(source.name, found.obstacles))
+    note = f"upgraded from {source.kind.value}"
+    return replace(found.source, warnings=(*source.warnings, note))
 
 
 def is_h5(value: SourceLike) -> bool:

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from kmerge.agreement import percent
 from kmerge.report.comparison import Comparison, LayerComparison
+from kmerge.report.conversion import Conversion
 from kmerge.report.facts import Report
 from kmerge.report.inspection import Inspection, LayerFacts
 from kmerge.report.words import (
@@ -83,6 +84,19 @@ class _Sheet:
 def summary_table(report: Report) -> Part:
     """What a merge did, in a few lines."""
     return _facts(summary_rows(report))
+
+
+def conversion_table(report: Conversion) -> Part:
+    """What a conversion did, in a few lines."""
+    carried = "losses and optimizer carried along" if report.training else "none carried along"
+    return _facts(
+        [
+            ("written", f"{report.output} ({human(report.bytes)})"),
+            ("from", f"{report.source}, written by {report.writer}"),
+            ("layers", f"{report.layers}, {report.parameters:,} parameters"),
+            ("training", carried),
+        ]
+    )
 
 
 def plan_table(report: Report) -> Part:

@@ -7,6 +7,7 @@
     operations  TensorFlow's operations that tf.keras recorded as layers
     slots       where current Keras stores the weights of a layer
     network     a whole graph
+    refusals    what current Keras makes of an old file
     training    losses, metrics, optimizer
     whole       a source to a source
 
@@ -14,6 +15,7 @@ No framework is imported, no code of a file is run, and no weight is read before
 """
 
 from kmerge.upgrade.part import Obstacle
+from kmerge.upgrade.refusals import Refusal, is_outdated, refusals
 from kmerge.upgrade.whole import Upgraded, alone, as_legacy, upgrade
 
-__all__ = ["Obstacle", "Upgraded", "alone", "as_legacy", "upgrade"]
+__all__ = ["Obstacle", "Refusal", "Upgraded", "alone", "as_legacy", "is_outdated", "refusals", "upgrade"]

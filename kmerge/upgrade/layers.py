@@ -15,7 +15,7 @@ from kmerge.upgrade import keras1
 from kmerge.upgrade.local import locally_connected
 from kmerge.upgrade.part import Chain, Context, Part, Rule, cast, flipped, reshaped
 from kmerge.upgrade.recurrent import recurrent_rules
-from kmerge.upgrade.settings import HARD_SIGMOID, activation, is_known, kept_settings, plain_value
+from kmerge.upgrade.settings import HARD_SIGMOID, LATER, activation, is_known, kept_settings, plain_value
 
 def upgrade_layer(part: Part, context: Context) -> Chain:
     """The layers of current Keras for one layer.
@@ -29,7 +29,7 @@ def upgrade_layer(part: Part, context: Context) -> Chain:
         return [Part(part.class_name, part.config, part.tensors, module, registered)]
     if context.old and keras1.is_keras1(part.class_name, part.config):
         part = keras1.to_keras2(part, context)
-    part = part.called(canonical_class(part.class_name))
+    part = _with_plain_activations(part.called(canonical_class(part.class_name)))
     if context.theano and part.class_name in _FLIPPED:
         part = part.weighing(*_unflipped(part))
     rule = _RULES.get(part.class_name)
@@ -38,9 +38,23 @@ def upgrade_layer(part: Part, context: Context) -> Chain:
     return [_settled(item, context) for item in chain]
 
 
+def _with_plain_activations(part: Part) -> Part:
+    """Functions by name where tf.keras 2.13 and later write `{"class_name": "function", "config": "relu"}`."""
+    named = {
+        key: value["config"]
+        for key in ("activation", "recurrent_activation")
+        if isinstance(value := part.config.get(key), Mapping)
+        and value.get("class_name") == "function"
+        and isinstance(value.get("config"), str)
+    }
+    return part.having(**named) if named else part
+
+
 def _settled(part: Part, context: Context) -> Part:
     """A layer with the settings that current Keras takes."""
     if part.registered is not None or part.module != "keras.layers":
+        return part
+    if not context.old and part.class_name in LATER:
         return part
     if not is_known(part.class_name):
         context.refuse(part.class_name, "custom", "is none of Keras's own layers")

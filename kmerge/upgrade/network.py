@@ -19,7 +19,7 @@ from kmerge.upgrade.operations import is_operation, operation_calls
 from kmerge.upgrade.part import LAYERS, Context, Part
 from kmerge.upgrade.recurrent import RECURRENT
 from kmerge.upgrade.settings import MODELS
-from kmerge.upgrade.slots import slots
+from kmerge.upgrade.slots import listed_weights, slots
 
 CURRENT = "3.15.1"
 """The Keras whose words are written."""
@@ -41,7 +41,11 @@ def upgrade_network(source: Source, context: Context) -> Network:
         context: of its file; gathers notes and obstacles.
     """
     assert source.graph is not None
-    weights = [tuple(weight.tensor for weight in state.weights) for state in source.states]
+    by_path = source.dialect is Dialect.KERAS3
+    weights = []
+    for layer, state in zip(source.graph.layers, source.states, strict=True):
+        found = listed_weights(layer.class_name, layer.config, state.weights) if by_path else state.weights
+        weights.append(tuple(weight.tensor for weight in found))
     return _Upgrade(source.graph, weights, context).run()
 
 
@@ -231,8 +235,8 @@ class _Upgrade:
         tensors = list(part.tensors)
         if part.class_name == "Bidirectional":
             half = len(tensors) // 2
-            forward, first = self._inner(config.get("layer"), tensors[:half])
-            backward, second = self._inner(config.get("backward_layer") or config.get("layer"), tensors[half:])
+            forward, first = self._inner(config.get("layer"), tensors[:half], True)
+            backward, second = self._inner(config.get("backward_layer") or config.get("layer"), tensors[half:], True)
             config["layer"] = forward
             if config.get("backward_layer") is not None:
                 config["backward_layer"] = backward
@@ -254,7 +258,7 @@ class _Upgrade:
             tensors += found
         return replace(part, config={**part.config, "cells": cells}, tensors=tuple(tensors))
 
-    def _inner(self, entry: Any, tensors: list[Tensor]) -> tuple[Any, list[Tensor]]:
+    def _inner(self, entry: Any, tensors: list[Tensor], recurrent: bool = False) -> tuple[Any, list[Tensor]]:
         """A layer inside a wrapper: its entry, and its weights in Keras's order."""
         if not isinstance(entry, Mapping) or not isinstance(entry.get("class_name"), str):
             self.context.refuse("", "unknown", "wraps something that is no layer")
@@ -270,6 +274,7 @@ class _Upgrade:
             part = Part(entry["class_name"], settings, tuple(tensors))
             if entry.get("registered_name") and ">" in str(entry["registered_name"]):
                 self.context.refuse(entry["class_name"], "custom", "is none of Keras's own layers")
+            self.context.inside = recurrent
             chain = [self._wrapped(part) for part in upgrade_layer(part, self.context)]
             entries = [_entry_of(part, name or "layer") for part in chain]
             found = [tensor for part in chain for tensor in part.tensors]
@@ -282,7 +287,7 @@ class _Upgrade:
                 "registered_name": None,
             }, found
         finally:
-            self.context.layer, self.path = outer, path
+            self.context.layer, self.path, self.context.inside = outer, path, False
 
     def _model(self, entry: Mapping[str, Any], tensors: list[Tensor]) -> tuple[Any, list[Tensor]]:
         """A whole model inside a wrapper."""

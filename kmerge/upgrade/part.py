@@ -84,6 +84,7 @@ class Context:
         replacements: current Keras's entry for a layer, by its name in the file: what stands in for a Lambda.
         custom: entries' `module` and `registered_name` of custom classes, by class name.
         layer: name of the layer in work, for messages.
+        inside: whether it stands inside a wrapper of recurrent layers.
         input_shape: of its first call, where that is known.
     """
 
@@ -93,6 +94,7 @@ class Context:
     replacements: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     custom: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     layer: str = ""
+    inside: bool = False
     input_shape: Shape | None = None
     notes: list[str] = field(default_factory=list)
     obstacles: list[Obstacle] = field(default_factory=list)

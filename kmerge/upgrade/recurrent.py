@@ -33,12 +33,18 @@ def _recurrent(part: Part, context: Context) -> Chain:
     if kind == "GRU" and context.old and "reset_after" not in config:
         # Before Keras 2.2 the reset gate was always applied before the product; current Keras's default is after.
         part = part.having(reset_after=False)
+    if context.old and kind != "SimpleRNN" and "recurrent_activation" not in config:
+        # hard_sigmoid was the default before Keras 2.3, and of convolutional ones until 2.15.
+        hard = context.version < (2, 3) or kind == "ConvLSTM"
+        part = part.having(recurrent_activation="hard_sigmoid" if hard else "sigmoid")
     if context.old:
         part = _scaled(part, kind)
         if kind in ("LSTM", "ConvLSTM") and config.get("activation") == "hard_sigmoid":
             part = part.having(activation=OLD_HARD_SIGMOID)
     if kind == "ConvLSTM" and context.old and config.get("data_format") == "channels_first":
-        return _channels_last(part)
+        if not context.inside:
+            return _channels_last(part)
+        context.note(f"'{context.layer}': {part.class_name} with channels first runs on GPUs only, as it did")
     return [part]
 
 

@@ -132,6 +132,15 @@ _SETTLED = frozenset(
 )
 """Settings that may be left out unsaid: they repeat others, or say what is the same by default."""
 
+LATER = frozenset(
+    "AdaptiveAveragePooling1D AdaptiveAveragePooling2D AdaptiveAveragePooling3D AdaptiveMaxPooling1D AdaptiveMaxPooling2D "
+    "AdaptiveMaxPooling3D AugMix AutoContrast CutMix Equalization MelSpectrogram MixUp RMSNormalization RandAugment "
+    "RandomColorDegeneration RandomColorJitter RandomElasticTransform RandomErasing RandomGaussianBlur RandomGrayscale "
+    "RandomHue RandomInvert RandomPerspective RandomPosterization RandomSaturation RandomSharpness RandomShear "
+    "STFTSpectrogram Solarization".split()
+)
+"""Layers that Keras 3 added, whose configurations need no change."""
+
 MODELS = ("Sequential", "Functional", "Model")
 
 
@@ -142,7 +151,15 @@ def is_known(class_name: str) -> bool:
 
 def current_keys(class_name: str) -> frozenset[str]:
     """Settings of one of current Keras's layers."""
-    return _ALL | frozenset(_SETTINGS[class_name].split())
+    return (_ALL - _NOT_TAKEN.get(class_name, frozenset())) | frozenset(_SETTINGS[class_name].split())
+
+
+_NOT_TAKEN = {
+    **dict.fromkeys(("SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D"), {"trainable", "activity_regularizer"}),
+    **dict.fromkeys(("Discretization", "HashedCrossing"), {"trainable", "activity_regularizer"}),
+    "InputLayer": {"trainable", "activity_regularizer"},
+}
+"""What these classes do not take of what every other layer does."""
 
 
 def kept_settings(class_name: str, config: Mapping[str, Any], context: Context) -> dict[str, Any]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kmerge.dialects.reading import Dialect, has_graph, read_model
 from kmerge.dialects.vocabulary import stored_class, weight_specs
+from kmerge.source import Weight
 
 
 @dataclass(frozen=True)
@@ -107,3 +108,19 @@ def _model(entry: Mapping[str, Any], prefix: str) -> list[Slot] | None:
         place = f"{prefix}layers/{snake}_{number}/" if number else f"{prefix}layers/{snake}/"
         found.append(_joined(slots(layer.class_name, layer.config, place)))
     return _joined(*found)
+
+
+def listed_weights(class_name: str, config: Mapping[str, Any], weights: Sequence[Weight]) -> tuple[Weight, ...]:
+    """Weights that a file has by path in the order in which Keras lists them; as they are for an unknown class.
+
+    tf.keras 2.12 to 2.15 write underscores before some names in paths (`_query_dense`).
+    """
+    places = {slot.key: number for number, slot in enumerate(slots(class_name, config) or ())}
+    keys = ["/".join(part.lstrip("_") for part in weight.key.split("/")) for weight in weights]
+    if not all(key in places for key in keys):
+        return tuple(weights)
+    return tuple(weight for _, weight in sorted(zip((places[key] for key in keys), weights, strict=True), key=_first))
+
+
+def _first(pair: tuple[int, Weight]) -> int:
+    return pair[0]

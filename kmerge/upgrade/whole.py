@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from kmerge.dialects.reading import Dialect
-from kmerge.dialects.writing import write_model
+from kmerge.dialects.writing import parse_version, write_model
 from kmerge.errors import FormatError
 from kmerge.source import Source, State, Weight
 from kmerge.store import Kind
 from kmerge.surgery import Merged, MergedLayer
 from kmerge.upgrade.network import CURRENT, context_of, state_of, upgrade_network
 from kmerge.upgrade.part import Obstacle
+from kmerge.upgrade.slots import listed_weights
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ def upgrade(
             f"'{source.name}' holds no graph, so there is nothing to bring to current Keras. Give a whole model (.h5 or "
             ".keras)."
         )
+    if source.dialect is Dialect.KERAS3 and parse_version(source.version) >= (3,):
+        return Upgraded(source, tuple(_in_order(source)), (), ())
     context = context_of(source, replacements=replacements or {}, custom=custom or {})
     network = upgrade_network(source, context)
     states = tuple(
@@ -75,6 +78,13 @@ def upgrade(
         nested=None,
     )
     return Upgraded(made, network.states, tuple(context.obstacles), tuple(context.notes))
+
+
+def _in_order(source: Source) -> Iterator[tuple[Weight, ...]]:
+    """Weights per layer as Keras lists them; files of Keras 3 have them by path."""
+    assert source.graph is not None
+    for layer, state in zip(source.graph.layers, source.states, strict=True):
+        yield listed_weights(layer.class_name, layer.config, state.weights)
 
 
 def as_legacy(upgraded: Upgraded) -> Source:
