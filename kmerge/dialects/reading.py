@@ -335,6 +335,10 @@ def _arguments(node: Any, numbers: Mapping[str, int], dialect: Dialect) -> Any:
         return {"args": _revive(args), "kwargs": _revive(kwargs)}
     arguments = _pairs(node, numbers)
     if dialect is not Dialect.KERAS2:
+        if isinstance(arguments, list) and len(arguments) == 2 and isinstance(arguments[0], _Name):
+            arguments = [arguments]  # the operations of tf.keras stand in no list of their own
+        if _is_constant(arguments) or (isinstance(arguments, list) and arguments and _is_constant(arguments[0])):
+            return arguments
         tensors = [pair[0] for pair in arguments] if isinstance(arguments, list) else []
         return {"args": [tensors[0] if len(tensors) == 1 else tensors], "kwargs": arguments[-1][1] if tensors else {}}
     return arguments
@@ -370,11 +374,18 @@ def _pairs(node: Any, numbers: Mapping[str, int]) -> Any:
     """Keras 2's `[name, node, tensor, kwargs]` to `[tensor, kwargs]`, wherever they stand in the node."""
     if _is_name(node, numbers):
         return [_Name(node[0], node[1], node[2]), _keywords(node[3] if len(node) == 4 else {}, numbers)]
+    if _is_constant(node):
+        return [*node[:3], _keywords(node[3], numbers)]
     if isinstance(node, list):
         return [_pairs(item, numbers) for item in node]
     if isinstance(node, Mapping):
         return {key: _pairs(item, numbers) for key, item in node.items()}
     return node
+
+
+def _is_constant(node: Any) -> bool:
+    """tf.keras's `["_CONSTANT_VALUE", -1, value, kwargs]`: a call whose first argument is a number."""
+    return isinstance(node, list) and len(node) == 4 and node[0] == "_CONSTANT_VALUE" and isinstance(node[3], Mapping)
 
 
 def _keywords(value: Any, numbers: Mapping[str, int]) -> Any:

@@ -165,6 +165,8 @@ def _all_shapes_known(arguments: Any) -> bool:
 
 def _write_pairs(arguments: Any, history: Any) -> Any:
     """Keras 2's arguments: `[tensor, kwargs]` becomes `[layer, node, tensor, kwargs]`."""
+    if isinstance(arguments, Ref):
+        return history(arguments)
     if isinstance(arguments, list):
         if len(arguments) == 2 and isinstance(arguments[0], Ref) and isinstance(arguments[1], Mapping):
             return [*history(arguments[0]), substitute(arguments[1], history)]

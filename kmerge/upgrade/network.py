@@ -240,6 +240,10 @@ class _Upgrade:
             config["layer"] = forward
             if config.get("backward_layer") is not None:
                 config["backward_layer"] = backward
+            elif forward["config"].get("go_backwards"):
+                # Current Keras would have both run backwards: the second one is the other way round.
+                turned = {**backward["config"], "go_backwards": False, "name": f"backward_{backward['config']['name']}"}
+                config["backward_layer"] = {**backward, "config": turned}
             return replace(part, config=config, tensors=(*first, *second))
         if part.class_name == "StackedRNNCells":
             return self._stacked(part)
@@ -378,7 +382,10 @@ def _with_shapes(graph: Graph) -> Graph:
 def new_arguments(class_name: str, arguments: Any) -> dict[str, Any]:
     """Arguments of an old call as `args` and `kwargs`."""
     if isinstance(arguments, Mapping) and "args" in arguments:
-        return {"args": list(arguments["args"]), "kwargs": dict(arguments["kwargs"])}
+        args, kwargs = list(arguments["args"]), dict(arguments["kwargs"])
+        if class_name in RECURRENT and len(args) == 1 and isinstance(args[0], list):  # tf.keras 2.12 to 2.15
+            args, kwargs = [args[0][0]], {**kwargs, "initial_state": args[0][1:]}
+        return {"args": args, "kwargs": kwargs}
     if isinstance(arguments, Mapping):  # a dictionary of tensors
         return {"args": [{key: pair[0] for key, pair in arguments.items()}], "kwargs": {}}
     pairs = list(_pairs(arguments))

@@ -107,6 +107,8 @@ def _given(arguments: Any) -> _Values:
         node = node[0]
     if isinstance(node, list) and len(node) == 2 and isinstance(node[0], Ref) and isinstance(node[1], Mapping):
         args, kwargs = [node[0]], dict(node[1])
+    elif isinstance(node, list) and len(node) == 4 and node[0] == "_CONSTANT_VALUE":
+        args, kwargs = [node[2]], dict(node[3])
     elif isinstance(node, list):
         pairs = [item for item in node if isinstance(item, list) and item and isinstance(item[0], Ref)]
         args = [[pair[0] for pair in pairs]]

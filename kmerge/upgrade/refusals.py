@@ -109,6 +109,8 @@ def _of_layer(
         )
         if unknown:
             yield f"arguments that current Keras does not know ({', '.join(unknown[:4])})", False
+        if class_name == "Attention" and "score_mode" in config:
+            yield "Attention's score_mode, which is misread from an .h5 file", False
         if any(_typed(value) for key, value in config.items() if key.endswith("_initializer")):
             yield "initialisers with a type", False
         if isinstance(config.get("dtype"), Mapping) and config["dtype"].get("class_name") == "Policy":
