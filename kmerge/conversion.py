@@ -80,7 +80,8 @@ def convert_model(
         with create_output(assembly, target, force, lambda: stored) as output:
             merge_tensors([written], assembly.targets, output, [1.0], progress)
         if through_keras:
-            live.rewrite(target, new, objects, force)
+            plain = {name.rpartition(">")[2]: value for name, value in objects.items()}  # as .h5 files name them
+            live.rewrite(target, new, {**plain, **objects}, force)
         writer = f"Keras {source.version}" if source.version else "unknown"
         if source.backend:
             writer += f" ({source.backend})"

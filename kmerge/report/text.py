@@ -139,9 +139,34 @@ def inspection_view(found: Inspection) -> list[Part]:
     if found.hazards:
         parts.extend(["", Text("to know before merging or loading:")])
         parts.extend(_bullet(hazard) for hazard in found.hazards)
+    parts.extend(_age_parts(found))
     if found.merge is not None:
         parts.extend(_merge_parts(found.merge))
     return parts
+
+
+def _age_parts(found: Inspection) -> list[Part]:
+    """What current Keras makes of an old file, and whether a conversion helps."""
+    parts: list[Part] = []
+    for silent, head in ((False, "current Keras refuses this file:"), (True, "current Keras would compute otherwise:")):
+        items = [item for item in found.refused if item["silent"] is silent]
+        if items:
+            parts.extend(["", Text(head)])
+            parts.extend(_bullet(": ".join(filter(None, [item["reason"], _some(item["layers"])]))) for item in items)
+    if found.refused and not found.obstacles:
+        parts.extend(["", Text("kmerge convert writes it as a file that current Keras opens, and that computes the same.")])
+    elif found.refused:
+        parts.extend(["", Text("kmerge convert brings it to current Keras, but needs something for:")])
+        parts.extend(
+            _bullet(f"'{item['layer']}' ({item['class_name']}), which {item['reason']}" if item["layer"] else item["reason"])
+            for item in found.obstacles
+        )
+    return parts
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
 
 
 def comparison_view(found: Comparison, paths: Sequence[str]) -> list[Part]:

@@ -6,6 +6,7 @@ A rule takes a layer in the words of Keras 2 and gives one layer, or a chain of 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from kmerge.shapes.layers import canonical_class
@@ -97,7 +98,7 @@ def _linear(part: Part, context: Context) -> Part:
 
 
 def _convolution(part: Part, context: Context) -> Chain:
-    """Channels first is computed as channels last between two Permutes: TensorFlow knows it on no CPU.
+    """Channels first is computed as channels last between two Permutes: TensorFlow knows it on few CPUs.
 
     Theano's "same" padding is symmetrical, TensorFlow's is not where a kernel is even or steps are wider than one.
     """
@@ -153,7 +154,7 @@ def _batch_normalization(part: Part, context: Context) -> Part:
         part = part.having(axis=axis[0])
     mode = part.config.get("mode", 0)
     if mode == 2:  # statistics of the batch, always
-        part = Part(part.class_name, part.config, part.tensors, keywords={"training": True})
+        part = replace(part, keywords={"training": True})
     elif mode == 1:
         context.refuse("BatchNormalization", "unknown", "normalises each row by itself (mode=1), adding epsilon twice")
     return part.without("mode")
@@ -210,7 +211,9 @@ def _resized_at_random(part: Part, context: Context) -> Part:
 
 def _attention(part: Part, context: Context) -> Part:
     if part.config.get("causal"):
-        part = Part(part.class_name, part.config, part.tensors, keywords={"use_causal_mask": True})
+        part = replace(part, keywords={"use_causal_mask": True})
+    if part.config.get("score_mode") == "dot":  # the default, which Keras misreads from an .h5 file
+        part = part.without("score_mode")
     return part.without("causal")
 
 

@@ -74,7 +74,11 @@ def operation_calls(layer: Layer, arguments: Any, add: Add, context: Context) ->
     else:
         symbol = str(layer.config.get("function", "__operators__.getitem"))
         values = _given(arguments)
-    found = _build(symbol, values, add)
+    rank = len(context.input_shape) if context.input_shape is not None else 0
+    if symbol in ("__operators__.getitem", "slice_with_spec"):
+        found = _getitem(values, add, rank)
+    else:
+        found = _build(symbol, values, add)
     if found is None:
         context.refuse(layer.class_name, "unknown", f"calls TensorFlow's '{symbol}', for which no counterpart is known")
     return found
@@ -312,30 +316,32 @@ def _depth(class_name: str) -> Callable[[_Values, Add], Ref | None]:
     return rule
 
 
-def _getitem(values: _Values, add: Add) -> Ref | None:
-    """`x[…]`: slices as current Keras writes them."""
+def _getitem(values: _Values, add: Add, rank: int) -> Ref | None:
+    """`x[…]`: slices as current Keras writes them; an ellipsis is spelled out, which Keras reads from no file."""
     spec = values.take(1, "slice_spec")
-    key = _slices(spec)
-    return None if key is None else add(operation("GetItem", "numpy"), [values.take(0, "tensor", "x"), key])
+    items = list(spec) if isinstance(spec, (list, tuple)) else [spec]
+    places = [number for number, item in enumerate(items) if "llipsis" in str(item)]
+    if len(places) == 1 and rank:
+        whole = {"start": None, "stop": None, "step": None}
+        own = sum(item is not None for item in items) - 1
+        items[places[0] : places[0] + 1] = [whole] * (rank - own)
+    elif places:
+        return None
+    found = [_slice(item) for item in items]
+    if any(new is None and old is not None for new, old in zip(found, items, strict=True)):
+        return None
+    key = found if isinstance(spec, (list, tuple)) else found[0]
+    return add(operation("GetItem", "numpy"), [values.take(0, "tensor", "x"), key])
 
 
-def _slices(spec: Any) -> Any:
-    if isinstance(spec, Mapping):
-        if {"start", "stop", "step"} <= spec.keys():
-            ends = {key: spec[key] for key in ("start", "stop", "step")}
-            if refs(ends):
-                return None
-            return {"class_name": "__slice__", "config": ends}
-        if spec.get("class_name") == "__ellipsis__" or spec.get("class_name") == "__slice__":
-            return dict(spec)
-        return {"class_name": "__ellipsis__", "config": {}} if "Ellipsis" in str(spec) else None
-    if isinstance(spec, (list, tuple)):
-        items = [_slices(item) for item in spec]
-        known = all(new is not None or old is None for old, new in zip(spec, items, strict=True))
-        return items if known else None
-    if isinstance(spec, str) and "llipsis" in spec:
-        return {"class_name": "__ellipsis__", "config": {}}
-    return spec if isinstance(spec, int) else None
+def _slice(item: Any) -> Any:
+    """One entry of a key; None for what is not known (and for None, a new axis)."""
+    if isinstance(item, Mapping) and {"start", "stop", "step"} <= item.keys():
+        ends = {key: item[key] for key in ("start", "stop", "step")}
+        return None if refs(ends) else {"class_name": "__slice__", "config": ends}
+    if isinstance(item, Mapping) and item.get("class_name") == "__slice__":
+        return dict(item)
+    return item if isinstance(item, int) and not isinstance(item, bool) else None
 
 
 _SINGLE: dict[str, Callable[[_Values, Add], Ref | None]] = {
@@ -367,5 +373,4 @@ _SINGLE: dict[str, Callable[[_Values, Add], Ref | None]] = {
     "image.resize": _resize,
     "nn.space_to_depth": _depth("SpaceToDepth"),
     "nn.depth_to_space": _depth("DepthToSpace"),
-    **dict.fromkeys(("__operators__.getitem", "slice_with_spec"), _getitem),
 }

@@ -44,12 +44,12 @@ def _recurrent(part: Part, context: Context) -> Chain:
     if kind == "ConvLSTM" and context.old and config.get("data_format") == "channels_first":
         if not context.inside:
             return _channels_last(part)
-        context.note(f"'{context.layer}': {part.class_name} with channels first runs on GPUs only, as it did")
+        context.note(f"'{context.layer}': {part.class_name} with channels first runs on few CPUs, as before")
     return [part]
 
 
 def _channels_last(part: Part) -> Chain:
-    """Channels first, (steps, channels, *sizes), between two Permutes: TensorFlow knows it on no CPU."""
+    """Channels first, (steps, channels, *sizes), between two Permutes: TensorFlow knows it on few CPUs."""
     rank = next(int(letter) for letter in part.class_name if letter.isdigit())
     sizes = range(3, 3 + rank)
     if part.config.get("return_sequences"):

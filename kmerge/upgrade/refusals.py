@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from kmerge.dialects.reading import MODEL_CLASSES, Dialect, has_graph
+from kmerge.dialects.reading import MAX_DEPTH, MODEL_CLASSES, Dialect, has_graph
 from kmerge.source import Source
 from kmerge.upgrade import keras1
 from kmerge.upgrade.network import context_of
@@ -31,7 +31,7 @@ class Refusal:
 def refusals(source: Source) -> tuple[Refusal, ...]:
     """What current Keras refuses in a file, or computes otherwise; empty for files of Keras 3."""
     context = context_of(source)
-    if source.graph is None or source.model is None or not context.old:
+    if source.graph is None or not context.old:
         return ()
     found: dict[tuple[str, bool], list[str]] = {}
 
@@ -40,20 +40,20 @@ def refusals(source: Source) -> tuple[Refusal, ...]:
         if layer not in names:
             names.append(layer)
 
-    for reason, layer in _of_models(source.model):
+    for reason, layer in _of_models(source.model or {}):
         add(reason, layer)
     for layer in source.graph.layers:
         if layer.is_input:
             continue
-        for reason, silent in _of_layer(layer.class_name, layer.config, context.version, False):
+        for reason, silent in _of_layer(layer.class_name, layer.config, context.version):
             add(reason, layer.name, silent)
         if "/" in layer.name:
             add("names with a slash", layer.name)
         if context.theano and layer.class_name in _CONVOLUTIONS:
             add("Theano's convolutions read their kernels backwards", layer.name, True)
         if _channels_first(layer.class_name, layer.config):
-            add("convolutions with channels first run on no CPU under TensorFlow", layer.name)
-    return tuple(Refusal(reason, tuple(names), silent) for (reason, silent), names in found.items())
+            add("convolutions with channels first, which TensorFlow computes on few CPUs", layer.name)
+    return tuple(Refusal(reason, tuple(filter(None, names)), silent) for (reason, silent), names in found.items())
 
 
 _CONVOLUTIONS = (
@@ -85,13 +85,15 @@ def _of_models(model: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, 
             name = str(entry.get("name") or (entry["config"].get("name") if isinstance(entry["config"], Mapping) else ""))
             if model.get("class_name") != "Sequential":
                 yield "models inside a model, whose calls old files number differently", name
-            if depth < 40:
+            if depth < MAX_DEPTH:
                 yield from _of_models(entry, depth + 1)
 
 
 def _of_layer(
-    class_name: str, config: Mapping[str, Any], version: tuple[int, ...], inner: bool
+    class_name: str, config: Mapping[str, Any], version: tuple[int, ...], depth: int = 0
 ) -> Iterator[tuple[str, bool]]:
+    if depth > MAX_DEPTH:
+        return
     if class_name in ("TFOpLambda", "SlicingOpLambda", "TensorFlowOpLayer"):
         yield "TensorFlow operations recorded as layers", False
         return
@@ -119,12 +121,15 @@ def _of_layer(
         yield "custom layers, whose class Keras needs", False
     if _hard_sigmoid(class_name, config, version):
         yield "hard_sigmoid, clip(0.2x + 0.5) as it was, which is clip(x/6 + 0.5) today", True
-    for key in ("layer", "backward_layer", "cell"):
-        wrapped = config.get(key)
+    cells = config.get("cells")
+    for wrapped in (
+        *(config.get(key) for key in ("layer", "backward_layer", "cell")),
+        *(cells if isinstance(cells, list) else ()),
+    ):
         if isinstance(wrapped, Mapping) and isinstance(wrapped.get("config"), Mapping):
             if "module" not in wrapped:
                 yield "layers inside wrappers without their module", False
-            yield from _of_layer(str(wrapped.get("class_name")), wrapped["config"], version, True)
+            yield from _of_layer(str(wrapped.get("class_name")), wrapped["config"], version, depth + 1)
 
 
 def _typed(initializer: Any) -> bool:

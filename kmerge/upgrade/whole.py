@@ -8,7 +8,7 @@ from typing import Any
 
 from kmerge.dialects.reading import Dialect
 from kmerge.dialects.writing import parse_version, write_model
-from kmerge.errors import FormatError
+from kmerge.errors import FormatError, GraphError
 from kmerge.source import Source, State, Weight
 from kmerge.store import Kind
 from kmerge.surgery import Merged, MergedLayer
@@ -51,6 +51,7 @@ def upgrade(
 
     Raises:
         FormatError: if it holds no graph.
+        GraphError: if its settings or weights make no sense.
     """
     if source.graph is None:
         raise FormatError(
@@ -60,7 +61,14 @@ def upgrade(
     if source.dialect is Dialect.KERAS3 and parse_version(source.version) >= (3,):
         return Upgraded(source, tuple(_in_order(source)), (), ())
     context = context_of(source, replacements=replacements or {}, custom=custom or {})
-    network = upgrade_network(source, context)
+    try:
+        network = upgrade_network(source, context)
+        model = write_model(network.graph, Dialect.KERAS3, CURRENT)
+    except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        raise GraphError(
+            f"'{source.name}', layer '{context.layer}': its settings or weights make no sense ({type(error).__name__}: "
+            f"{error}), so it cannot be brought to current Keras. Save the model again."
+        ) from error
     states = tuple(
         state_of(layer, weights) for layer, weights in zip(network.graph.layers, network.states, strict=True)
     )
@@ -70,7 +78,7 @@ def upgrade(
         version=CURRENT,
         backend="",
         dialect=Dialect.KERAS3,
-        model=write_model(network.graph, Dialect.KERAS3, CURRENT),
+        model=model,
         metadata={},
         graph=network.graph,
         states=states,
