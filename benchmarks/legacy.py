@@ -174,7 +174,10 @@ def table(found: list[dict[str, Any]]) -> str:
     for item in found:
         if item.get("whole"):
             rows[item["writer"]].append(item)
-    head = "| writer | files | inspected | merged | convertible | converted | opens in Keras: old, new | recorded | equal: old, new |"
+    head = (
+        "| writer | files | inspected | merged | convertible | converted | opens in Keras: old, new | recorded | "
+        "equal: old, new |"
+    )
     lines = [head, "|---" * 9 + "|"]
     whole = [item for item in found if item.get("whole")]
     for writer, items in [*sorted(rows.items()), ("all", whole)]:

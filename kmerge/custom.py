@@ -96,9 +96,7 @@ def _here() -> Iterator[None]:
 
 def registered_of(objects: Mapping[str, Any]) -> Registered:
     """Under which module and name current Keras knows the user's classes and functions, by plain name."""
-    return {
-        name.rpartition(">")[2]: (str(getattr(value, "__module__", "")), name) for name, value in objects.items()
-    }
+    return {name.rpartition(">")[2]: (str(getattr(value, "__module__", "")), name) for name, value in objects.items()}
 
 
 def replacements_of(
@@ -148,8 +146,8 @@ def _layer(keras: Any, name: str, value: Any, settings: Mapping[str, Any]) -> An
     if callable(value):
         if keras.saving.get_registered_name(value) not in keras.saving.get_custom_objects():
             raise PlanError(
-                f"--lambda {name}: the function '{getattr(value, '__name__', value)}' is not registered with Keras, so a "
-                "file cannot name it: mark it with @keras.saving.register_keras_serializable()."
+                f"--lambda {name}: the function '{getattr(value, '__name__', value)}' is not registered with Keras, so "
+                "a file cannot name it: mark it with @keras.saving.register_keras_serializable()."
             )
         return keras.layers.Lambda(value, name=name, arguments=dict(settings))
     raise PlanError(f"--lambda {name}: {value!r} is neither a layer nor a function.")

@@ -19,7 +19,7 @@ import kmerge
 from kmerge.cli import main
 from kmerge.dialects.reading import Dialect, read_model
 from kmerge.source import open_source
-from kmerge.upgrade import refusals, upgrade
+from kmerge.upgrade import upgrade
 
 LEGACY = Path(__file__).resolve().parent.parent / "fixtures" / "legacy"
 LAMBDAS = ("k122_lambda", "k224_lambda", "tfk215_lambda", "tfk215_lambda2")
@@ -62,11 +62,26 @@ def test_the_old_format_holds_them_as_well(name: str, tmp_path: Path) -> None:
 
 
 # What Keras 3.15.1 opens of the files as they are, and then computes as their writers did.
-CURRENT = """
-k224_cnn k224_ctonly k224_dw k224_dwonly k224_multi k224_seponly k224_shared tfk215_acts tfk215_bn tfk215_cnn
-tfk215_embedding tfk215_multi tfk215_normlayer tfk215_rescale_randflip tfk215_seq_inputlayer tfk215_seq_mlp
-tfk215_shared tfk215_timedist
-""".split()
+CURRENT = [
+    "k224_cnn",
+    "k224_ctonly",
+    "k224_dw",
+    "k224_dwonly",
+    "k224_multi",
+    "k224_seponly",
+    "k224_shared",
+    "tfk215_acts",
+    "tfk215_bn",
+    "tfk215_cnn",
+    "tfk215_embedding",
+    "tfk215_multi",
+    "tfk215_normlayer",
+    "tfk215_rescale_randflip",
+    "tfk215_seq_inputlayer",
+    "tfk215_seq_mlp",
+    "tfk215_shared",
+    "tfk215_timedist",
+]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -80,14 +95,18 @@ def test_what_current_keras_makes_of_a_file_is_told(name: str) -> None:
 
 
 def test_a_gate_of_the_old_hard_sigmoid_is_told_apart_from_a_refusal() -> None:
-    silent = {item["reason"]: item["layers"] for item in kmerge.inspect(LEGACY / "k122_lstm.h5").refused if item["silent"]}
+    silent = {
+        item["reason"]: item["layers"] for item in kmerge.inspect(LEGACY / "k122_lstm.h5").refused if item["silent"]
+    }
     assert list(silent.values()) == [["lstm_1"]]
 
 
 # ------------------------------------------------------------------------------------------------------- weights
 
 
-def write_h5(path: Path, config: Any, weights: Mapping[str, Mapping[str, np.ndarray]], version: str, backend: str) -> Path:
+def write_h5(
+    path: Path, config: Any, weights: Mapping[str, Mapping[str, np.ndarray]], version: str, backend: str
+) -> Path:
     """An old file, as the Keras of that version laid it out."""
     with h5py.File(path, "w") as file:
         file.attrs["model_config"] = json.dumps(config)
@@ -179,9 +198,12 @@ def test_a_sequential_of_branches(tmp_path: Path) -> None:
     merge = {"name": "m", "mode": "concat", "concat_axis": -1, "layers": [branch("l"), branch("r")]}
     config = sequential(("Merge", merge), ("Dense", {"name": "d", "output_dim": 2, "bias": True}))
     rng = np.random.default_rng(0)
-    arrays = {name: rng.normal(size=(4 if name != "d" else 6, 3 if name != "d" else 2)).astype("float32") for name in "lrd"}
+    arrays = {
+        name: rng.normal(size=(4 if name != "d" else 6, 3 if name != "d" else 2)).astype("float32") for name in "lrd"
+    }
     weights = {
-        name: {f"{name}_W:0": array, f"{name}_b:0": np.ones(array.shape[1], "float32")} for name, array in arrays.items()
+        name: {f"{name}_W:0": array, f"{name}_b:0": np.ones(array.shape[1], "float32")}
+        for name, array in arrays.items()
     }
     path = write_h5(tmp_path / "a.h5", config, weights, "1.0.8", "")
     kmerge.convert(path, tmp_path / "new.keras")
@@ -195,7 +217,9 @@ def test_a_sequential_of_branches(tmp_path: Path) -> None:
 def test_gates_are_put_in_order_and_scaled() -> None:
     """Keras 1 stores i, c, f, o apart; hard_sigmoid's gates i, f, o are multiplied by 1.2, the candidate c is not."""
     with h5py.File(LEGACY / "k122_lstm.h5") as file:
-        stored = {key.split("_W_")[1][0]: array[()] for key, array in file["model_weights/lstm_1"].items() if "_W_" in key}
+        stored = {
+            key.split("_W_")[1][0]: array[()] for key, array in file["model_weights/lstm_1"].items() if "_W_" in key
+        }
     kernel = new_weights(LEGACY / "k122_lstm.h5")["lstm_1"][0]
     wanted = np.concatenate([stored[gate] * (1 if gate == "c" else 1.2) for gate in "ifco"], axis=1)
     np.testing.assert_allclose(kernel, wanted, rtol=1e-6)
@@ -223,7 +247,9 @@ def test_a_lambda_is_named_and_never_loaded(name: str, tmp_path: Path, monkeypat
         raise AssertionError("bytecode of a file was loaded")
 
     monkeypatch.setattr(marshal, "loads", never)
-    with pytest.raises(kmerge.FormatError, match=r"'lambda(_1)?' \(Lambda\) holds Python bytecode(.|\n)*--lambda lambda") as error:
+    with pytest.raises(
+        kmerge.FormatError, match=r"'lambda(_1)?' \(Lambda\) holds Python bytecode(.|\n)*--lambda lambda"
+    ) as error:
         kmerge.convert(LEGACY / f"{name}.h5", tmp_path / "new.keras")
     assert "MODULE:FUNCTION" in str(error.value)
     assert not list(tmp_path.iterdir())
@@ -303,7 +329,9 @@ def test_a_custom_layer_needs_its_module(suffix: str, module: str) -> None:
     import keras
 
     old, new = custom_file(Path("old.h5")), Path(f"new{suffix}")
-    with pytest.raises(kmerge.FormatError, match=r"'scale' \(Scale\) is none of Keras's own layers(.|\n)*--custom MODULE"):
+    with pytest.raises(
+        kmerge.FormatError, match=r"'scale' \(Scale\) is none of Keras's own layers(.|\n)*--custom MODULE"
+    ):
         kmerge.convert(old, new)
     kmerge.convert(old, new, custom=[module])
     objects = {"Scale": sys.modules[module].Scale}

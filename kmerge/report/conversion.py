@@ -47,8 +47,8 @@ def explain_obstacles(name: str, obstacles: Sequence[Obstacle]) -> str:
     lambdas = [item.layer.rpartition("/")[2] for item in obstacles if item.kind == "lambda"]
     if lambdas:
         lines.append(
-            f"Give a layer of your own for each Lambda: --lambda {lambdas[0]}=MODULE:FUNCTION, a keras.layers.Layer class "
-            "or a function, registered with keras.saving.register_keras_serializable."
+            f"Give a layer of your own for each Lambda: --lambda {lambdas[0]}=MODULE:FUNCTION, a keras.layers.Layer "
+            "class or a function, registered with keras.saving.register_keras_serializable."
         )
     if any(item.kind == "custom" for item in obstacles):
         lines.append("Give the module that registers the custom ones with --custom MODULE: only that is imported.")

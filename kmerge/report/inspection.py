@@ -65,7 +65,7 @@ class Inspection:
     weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Weights of a file without a graph."""
     refused: tuple[Mapping[str, Any], ...] = ()
-    """What current Keras refuses in the file, or (where `silent`) computes otherwise: reason, layers and silent each."""
+    """What current Keras refuses in the file, or (if `silent`) computes otherwise: reason, layers and silent each."""
     obstacles: tuple[Mapping[str, str], ...] = ()
     """What `kmerge convert` needs from the user, or cannot do: layer, class_name, kind and reason each."""
 

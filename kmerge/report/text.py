@@ -154,11 +154,15 @@ def _age_parts(found: Inspection) -> list[Part]:
             parts.extend(["", Text(head)])
             parts.extend(_bullet(": ".join(filter(None, [item["reason"], _some(item["layers"])]))) for item in items)
     if found.refused and not found.obstacles:
-        parts.extend(["", Text("kmerge convert writes it as a file that current Keras opens, and that computes the same.")])
+        parts.extend(
+            ["", Text("kmerge convert writes it as a file that current Keras opens, and that computes the same.")]
+        )
     elif found.refused:
         parts.extend(["", Text("kmerge convert brings it to current Keras, but needs something for:")])
         parts.extend(
-            _bullet(f"'{item['layer']}' ({item['class_name']}), which {item['reason']}" if item["layer"] else item["reason"])
+            _bullet(
+                f"'{item['layer']}' ({item['class_name']}), which {item['reason']}" if item["layer"] else item["reason"]
+            )
             for item in found.obstacles
         )
     return parts

@@ -8,9 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
-from kmerge.store import Tensor
 from kmerge.upgrade.part import Context, Part, made_from, side_by_side, transposed
 
 _COMMON = {
@@ -222,8 +219,3 @@ def maxout_dense(part: Part, context: Context) -> list[Part]:
 def operation(class_name: str, module: str, **settings: Any) -> Part:
     """A bare operation of current Keras."""
     return Part(class_name, settings, module=f"keras.src.ops.{module}", registered=class_name)
-
-
-def renamed_weights(tensors: tuple[Tensor, ...]) -> int:
-    """How many numbers a list of weights holds."""
-    return int(np.sum([tensor.size for tensor in tensors]))

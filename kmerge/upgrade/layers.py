@@ -18,6 +18,7 @@ from kmerge.upgrade.part import Chain, Context, Part, Rule, cast, flipped, resha
 from kmerge.upgrade.recurrent import recurrent_rules
 from kmerge.upgrade.settings import HARD_SIGMOID, LATER, activation, is_known, kept_settings, plain_value
 
+
 def upgrade_layer(part: Part, context: Context) -> Chain:
     """The layers of current Keras for one layer.
 
@@ -139,7 +140,7 @@ def _theano_padding(part: Part, rank: int) -> Chain:
         return [part]
     reach = [(size - 1) * by + 1 for size, by in zip(sizes, dilation, strict=True)]
     sides = [[size // 2, size // 2 - (size % 2 == 0)] for size in reach]
-    settings = {"padding": sides[0] if rank == 1 else sides}
+    settings: dict[str, Any] = {"padding": sides[0] if rank == 1 else sides}
     if rank > 1:
         settings["data_format"] = part.config.get("data_format") or "channels_last"
     return [Part(f"ZeroPadding{rank}D", settings, suffix="padding"), part.having(padding="valid")]
@@ -270,6 +271,11 @@ def _zero_padding(part: Part, _: Context) -> Part:
     return part
 
 
+def _dropped(part: Part, context: Context) -> Chain:
+    context.refuse(part.class_name, "unknown", "was dropped by Keras 2 already, and no counterpart is known")
+    return [Part("Identity", {})]
+
+
 def _maxout(part: Part, context: Context) -> Chain:
     return keras1.maxout_dense(part, context)
 
@@ -296,12 +302,25 @@ _RULES: dict[str, Rule] = {
     "Lambda": _lambda,
     "Merge": _merge,
     "MaxoutDense": _maxout,
+    **dict.fromkeys(("Highway", "ParametricSoftplus", "SReLU"), _dropped),
     **dict.fromkeys(("ZeroPadding1D", "ZeroPadding2D"), _zero_padding),
     **dict.fromkeys(
-        (
-            "Dropout SpatialDropout1D SpatialDropout2D SpatialDropout3D GaussianDropout GaussianNoise AlphaDropout "
-            "RandomBrightness RandomContrast RandomCrop RandomFlip RandomRotation RandomTranslation RandomZoom"
-        ).split(),
+        [
+            "Dropout",
+            "SpatialDropout1D",
+            "SpatialDropout2D",
+            "SpatialDropout3D",
+            "GaussianDropout",
+            "GaussianNoise",
+            "AlphaDropout",
+            "RandomBrightness",
+            "RandomContrast",
+            "RandomCrop",
+            "RandomFlip",
+            "RandomRotation",
+            "RandomTranslation",
+            "RandomZoom",
+        ],
         _random,
     ),
     **dict.fromkeys(("RandomHeight", "RandomWidth"), _resized_at_random),

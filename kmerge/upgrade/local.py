@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from kmerge.methods.registry import Array
@@ -84,10 +86,10 @@ def locally_connected(part: Part, context: Context) -> Chain:
     return chain
 
 
-def _pair(value: object, rank: int) -> tuple[int, int]:
+def _pair(value: Any, rank: int) -> tuple[int, int]:
     values = list(value) if isinstance(value, (list, tuple)) else [value] * rank
     first, second = [*values, 1][:2]
-    return int(first), int(second)  # type: ignore[call-overload]
+    return int(first), int(second)
 
 
 def _channels_last(kernel: Tensor, channels: int, size: tuple[int, int]) -> Tensor:

@@ -84,9 +84,7 @@ class _Upgrade:
             self._call(number, call, layer)
         inputs = substitute(self.graph.inputs, self._moved)
         outputs = substitute(self.graph.outputs, self._moved)
-        graph = Graph(
-            self.graph.name, tuple(self.layers), tuple(self.calls), _bare(inputs), _bare(outputs)
-        )
+        graph = Graph(self.graph.name, tuple(self.layers), tuple(self.calls), _bare(inputs), _bare(outputs))
         graph = sort_calls(graph)
         kept = sorted({call.layer for call in graph.calls})
         place = {layer: number for number, layer in enumerate(kept)}
@@ -198,7 +196,10 @@ class _Upgrade:
             name = self._unique(plain_name(layer.name)) if plain_name(layer.name) in used else plain_name(layer.name)
             used.add(name)
             new = Layer(
-                name, part.class_name, {**part.config, "name": name}, _entry(part.module, part.registered),
+                name,
+                part.class_name,
+                {**part.config, "name": name},
+                _entry(part.module, part.registered),
                 is_operation=part.module != LAYERS,
             )
             return self._add_call(self._add_layer(new, ()), {"args": args, "kwargs": dict(kwargs or {})})
@@ -229,7 +230,13 @@ class _Upgrade:
 
     def _wrapped(self, part: Part) -> Part:
         """A wrapper with the layers inside it upgraded as well."""
-        if part.class_name not in ("TimeDistributed", "Bidirectional", "RNN", "StackedRNNCells", "SpectralNormalization"):
+        if part.class_name not in (
+            "TimeDistributed",
+            "Bidirectional",
+            "RNN",
+            "StackedRNNCells",
+            "SpectralNormalization",
+        ):
             return part
         config = dict(part.config)
         tensors = list(part.tensors)
@@ -297,8 +304,10 @@ class _Upgrade:
         """A whole model inside a wrapper."""
         nested = read_model(entry, self.context.dialect)
         dissolved = dissolve(nested)
-        stored = [Weight(f"{number}", f"{number}", weight_kind("", {}, "", "float32"), tensor) for number, tensor in
-                  enumerate(tensors)]
+        stored = [
+            Weight(f"{number}", f"{number}", weight_kind("", {}, "", "float32"), tensor)
+            for number, tensor in enumerate(tensors)
+        ]
         parts = split_weights(nested, stored, self.context.layer, "the file")
         inner = [tuple(weight.tensor for weight in parts.get(address, ())) for address in dissolved.addresses]
         network = _Upgrade(dissolved.graph, inner, self.context, self.context.layer).run()

@@ -58,7 +58,19 @@ _REDUCTIONS = {
     "Mean": "Mean", "Sum": "Sum", "Max": "Max", "Min": "Min", "Prod": "Prod",
     "math.reduce_any": "Any", "math.reduce_all": "All",
 }  # fmt: skip
-_FIRST_NAMES = ("x", "input", "inputs", "a", "features", "logits", "tensor", "values", "input_tensor", "value", "images")
+_FIRST_NAMES = (
+    "x",
+    "input",
+    "inputs",
+    "a",
+    "features",
+    "logits",
+    "tensor",
+    "values",
+    "input_tensor",
+    "value",
+    "images",
+)
 
 
 def operation_calls(layer: Layer, arguments: Any, add: Add, context: Context) -> Ref | None:
@@ -135,7 +147,9 @@ def _raw(layer: Layer, arguments: Any) -> tuple[str, _Values]:
         for key, value in attributes.items():
             if isinstance(value, Mapping) and len(value) == 1:
                 kwargs[key] = next(iter(value.values()))
-    return symbol, _Values(args, {key: kwargs[key] for key in ("keep_dims", "transpose_a", "transpose_b") if key in kwargs})
+    return symbol, _Values(
+        args, {key: kwargs[key] for key in ("keep_dims", "transpose_a", "transpose_b") if key in kwargs}
+    )
 
 
 def _build(symbol: str, values: _Values, add: Add) -> Ref | None:
@@ -156,9 +170,9 @@ def _build(symbol: str, values: _Values, add: Add) -> Ref | None:
 def _two(class_name: str, values: _Values, add: Add) -> Ref | None:
     first = values.take(0, "x", "a", default=None)
     second = values.take(1, "y", "b")
-    if class_name == "Matmul":
-        if values.take(9, "transpose_a", "adjoint_a") or values.take(9, "transpose_b", "adjoint_b"):
-            return _transposed_matmul(first, second, values, add)
+    turned = values.take(9, "transpose_a", "adjoint_a") or values.take(9, "transpose_b", "adjoint_b")
+    if class_name == "Matmul" and turned:
+        return _transposed_matmul(first, second, values, add)
     if second is None:
         return None
     return add(operation(class_name, "numpy"), [first, second])

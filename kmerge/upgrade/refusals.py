@@ -40,8 +40,8 @@ def refusals(source: Source) -> tuple[Refusal, ...]:
         if layer not in names:
             names.append(layer)
 
-    for reason, layer in _of_models(source.model or {}):
-        add(reason, layer)
+    for reason, name in _of_models(source.model or {}):
+        add(reason, name)
     for layer in source.graph.layers:
         if layer.is_input:
             continue
@@ -78,11 +78,17 @@ def _of_models(model: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[str, 
     config = model.get("config")
     entries = config if isinstance(config, list) else config.get("layers") if isinstance(config, Mapping) else None
     first = entries[0] if isinstance(entries, list) and entries else None
-    if model.get("class_name") == "Sequential" and isinstance(first, Mapping) and first.get("class_name") != "InputLayer":
+    if (
+        model.get("class_name") == "Sequential"
+        and isinstance(first, Mapping)
+        and first.get("class_name") != "InputLayer"
+    ):
         yield "Sequential models without an input layer", str(model.get("name") or first.get("name") or "")
     for entry in entries if isinstance(entries, list) else []:
         if isinstance(entry, Mapping) and entry.get("class_name") in MODEL_CLASSES and has_graph(entry):
-            name = str(entry.get("name") or (entry["config"].get("name") if isinstance(entry["config"], Mapping) else ""))
+            name = str(
+                entry.get("name") or (entry["config"].get("name") if isinstance(entry["config"], Mapping) else "")
+            )
             if model.get("class_name") != "Sequential":
                 yield "models inside a model, whose calls old files number differently", name
             if depth < MAX_DEPTH:
@@ -137,8 +143,19 @@ def _typed(initializer: Any) -> bool:
     return isinstance(config, Mapping) and "dtype" in config
 
 
-_GONE = frozenset({"CuDNNLSTM", "CuDNNGRU", "LocallyConnected1D", "LocallyConnected2D", "ThresholdedReLU", "RandomHeight",
-                   "RandomWidth", "BatchNormalizationV1", "SyncBatchNormalization"})
+_GONE = frozenset(
+    {
+        "CuDNNLSTM",
+        "CuDNNGRU",
+        "LocallyConnected1D",
+        "LocallyConnected2D",
+        "ThresholdedReLU",
+        "RandomHeight",
+        "RandomWidth",
+        "BatchNormalizationV1",
+        "SyncBatchNormalization",
+    }
+)
 _TAKEN = {"LeakyReLU": frozenset({"alpha"}), "Embedding": frozenset({"input_length"})}
 _POPPED = frozenset({"batch_input_shape", "ragged", "sparse"})
 

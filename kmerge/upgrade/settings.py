@@ -10,7 +10,9 @@ from kmerge.upgrade.part import LAYERS, Context
 
 _WEIGHTED = "kernel_initializer bias_initializer kernel_regularizer bias_regularizer kernel_constraint bias_constraint"
 _CONV = f"filters kernel_size strides padding data_format dilation_rate groups activation use_bias {_WEIGHTED}"
-_TRANSPOSE = f"filters kernel_size strides padding output_padding data_format dilation_rate activation use_bias {_WEIGHTED}"
+_TRANSPOSE = (
+    f"filters kernel_size strides padding output_padding data_format dilation_rate activation use_bias {_WEIGHTED}"
+)
 _DEPTHWISE = (
     "kernel_size strides padding depth_multiplier data_format dilation_rate activation use_bias depthwise_initializer "
     "bias_initializer depthwise_regularizer bias_regularizer depthwise_constraint bias_constraint"
@@ -26,7 +28,10 @@ _CONV_LSTM = (
     f"{_WEIGHTED} recurrent_initializer recurrent_regularizer recurrent_constraint unit_forget_bias dropout "
     "recurrent_dropout seed return_sequences return_state go_backwards stateful"
 )
-_AFFINE = "center scale beta_initializer gamma_initializer beta_regularizer gamma_regularizer beta_constraint gamma_constraint"
+_AFFINE = (
+    "center scale beta_initializer gamma_initializer beta_regularizer gamma_regularizer beta_constraint "
+    "gamma_constraint"
+)
 _POOL = "pool_size strides padding data_format"
 _LOOKUP = (
     "max_tokens num_oov_indices mask_token oov_token vocabulary idf_weights invert output_mode sparse pad_to_max_tokens"
@@ -125,19 +130,76 @@ _SETTINGS: dict[str, str] = {
 
 _ALL = frozenset({"name", "trainable", "dtype", "activity_regularizer"})
 _SETTLED = frozenset(
-    "batch_input_shape input_dtype input_shape input_dim input_length time_major implementation groups kernel_initializer "
-    "kernel_regularizer kernel_constraint query_shape key_shape value_shape fused virtual_batch_size adjustment "
-    "noise_shape data_format ragged sparse name_scope _keras_api_names _keras_api_names_v1 input_spec dilation_rate "
-    "unroll implementation output_padding build_input_shape max_tokens mode dropout".split()
+    [
+        "batch_input_shape",
+        "input_dtype",
+        "input_shape",
+        "input_dim",
+        "input_length",
+        "time_major",
+        "implementation",
+        "groups",
+        "kernel_initializer",
+        "kernel_regularizer",
+        "kernel_constraint",
+        "query_shape",
+        "key_shape",
+        "value_shape",
+        "fused",
+        "virtual_batch_size",
+        "adjustment",
+        "noise_shape",
+        "data_format",
+        "ragged",
+        "sparse",
+        "name_scope",
+        "_keras_api_names",
+        "_keras_api_names_v1",
+        "input_spec",
+        "dilation_rate",
+        "unroll",
+        "implementation",
+        "output_padding",
+        "build_input_shape",
+        "max_tokens",
+        "mode",
+        "dropout",
+    ]
 )
 """Settings that may be left out unsaid: they repeat others, or say what is the same by default."""
 
 LATER = frozenset(
-    "AdaptiveAveragePooling1D AdaptiveAveragePooling2D AdaptiveAveragePooling3D AdaptiveMaxPooling1D AdaptiveMaxPooling2D "
-    "AdaptiveMaxPooling3D AugMix AutoContrast CutMix Equalization MelSpectrogram MixUp RMSNormalization RandAugment "
-    "RandomColorDegeneration RandomColorJitter RandomElasticTransform RandomErasing RandomGaussianBlur RandomGrayscale "
-    "RandomHue RandomInvert RandomPerspective RandomPosterization RandomSaturation RandomSharpness RandomShear "
-    "STFTSpectrogram Solarization".split()
+    [
+        "AdaptiveAveragePooling1D",
+        "AdaptiveAveragePooling2D",
+        "AdaptiveAveragePooling3D",
+        "AdaptiveMaxPooling1D",
+        "AdaptiveMaxPooling2D",
+        "AdaptiveMaxPooling3D",
+        "AugMix",
+        "AutoContrast",
+        "CutMix",
+        "Equalization",
+        "MelSpectrogram",
+        "MixUp",
+        "RMSNormalization",
+        "RandAugment",
+        "RandomColorDegeneration",
+        "RandomColorJitter",
+        "RandomElasticTransform",
+        "RandomErasing",
+        "RandomGaussianBlur",
+        "RandomGrayscale",
+        "RandomHue",
+        "RandomInvert",
+        "RandomPerspective",
+        "RandomPosterization",
+        "RandomSaturation",
+        "RandomSharpness",
+        "RandomShear",
+        "STFTSpectrogram",
+        "Solarization",
+    ]
 )
 """Layers that Keras 3 added, whose configurations need no change."""
 
@@ -155,9 +217,15 @@ def current_keys(class_name: str) -> frozenset[str]:
 
 
 _NOT_TAKEN = {
-    **dict.fromkeys(("SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D"), {"trainable", "activity_regularizer"}),
-    **dict.fromkeys(("Discretization", "HashedCrossing"), {"trainable", "activity_regularizer"}),
-    "InputLayer": {"trainable", "activity_regularizer"},
+    name: frozenset({"trainable", "activity_regularizer"})
+    for name in (
+        "SpatialDropout1D",
+        "SpatialDropout2D",
+        "SpatialDropout3D",
+        "Discretization",
+        "HashedCrossing",
+        "InputLayer",
+    )
 }
 """What these classes do not take of what every other layer does."""
 
@@ -318,8 +386,28 @@ def constraint(value: Any, context: Context) -> Any:
 # ------------------------------------------------------------------------------------------------- activations
 
 ACTIVATIONS = frozenset(
-    "linear relu relu6 sigmoid tanh softmax softplus softsign elu selu exponential gelu swish silu mish leaky_relu "
-    "hard_sigmoid log_softmax hard_silu hard_swish".split()
+    [
+        "linear",
+        "relu",
+        "relu6",
+        "sigmoid",
+        "tanh",
+        "softmax",
+        "softplus",
+        "softsign",
+        "elu",
+        "selu",
+        "exponential",
+        "gelu",
+        "swish",
+        "silu",
+        "mish",
+        "leaky_relu",
+        "hard_sigmoid",
+        "log_softmax",
+        "hard_silu",
+        "hard_swish",
+    ]
 )
 
 

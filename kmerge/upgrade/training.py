@@ -54,10 +54,15 @@ _METRICS = {
     **_FUNCTIONS,
     **{
         name: name
-        for name in (
-            "acc accuracy binary_accuracy categorical_accuracy sparse_categorical_accuracy "
-            "top_k_categorical_accuracy sparse_top_k_categorical_accuracy"
-        ).split()
+        for name in [
+            "acc",
+            "accuracy",
+            "binary_accuracy",
+            "categorical_accuracy",
+            "sparse_categorical_accuracy",
+            "top_k_categorical_accuracy",
+            "sparse_top_k_categorical_accuracy",
+        ]
     },
 }
 _OPTIMIZERS = {
@@ -160,7 +165,9 @@ def _metric(value: Any) -> Any:
         return _metric(function)
     if name in _METRIC_CLASSES:
         settings = {key: config[key] for key in ("name", "threshold", "k", "num_classes") if key in config}
-        return _entry("keras.metrics", name, {k: v for k, v in settings.items() if k in ("name", *_METRIC_CLASSES[name])})
+        return _entry(
+            "keras.metrics", name, {k: v for k, v in settings.items() if k in ("name", *_METRIC_CLASSES[name])}
+        )
     raise _Unknown(f"'{name}'")
 
 

@@ -55,8 +55,8 @@ def upgrade(
     """
     if source.graph is None:
         raise FormatError(
-            f"'{source.name}' holds no graph, so there is nothing to bring to current Keras. Give a whole model (.h5 or "
-            ".keras)."
+            f"'{source.name}' holds no graph, so there is nothing to bring to current Keras. Give a whole model "
+            "(.h5 or .keras)."
         )
     if source.dialect is Dialect.KERAS3 and parse_version(source.version) >= (3,):
         return Upgraded(source, tuple(_in_order(source)), (), ())
@@ -112,9 +112,7 @@ def as_legacy(upgraded: Upgraded) -> Source:
             )
         named = [replace(weight, key=f"{layer.name}/{_legacy_key(weight)}") for weight in weights]
         states.append(State(tuple(named)))
-    return replace(
-        source, kind=Kind.H5, dialect=Dialect.KERAS3_H5, states=tuple(states), backend="tensorflow"
-    )
+    return replace(source, kind=Kind.H5, dialect=Dialect.KERAS3_H5, states=tuple(states), backend="tensorflow")
 
 
 def _legacy_key(weight: Weight) -> str:
