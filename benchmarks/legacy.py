@@ -107,7 +107,7 @@ def run(job: Path) -> None:
         facts: dict[str, Any] = {"path": item["path"]}
         data = recorded(Path(item["path"]))
         for what, file in (("old", item["path"]), ("new", item.get("new"))):
-            if file is None:
+            if file is None or (what == "old" and item.get("crashed")):
                 continue
             keras.backend.clear_session()
             try:
@@ -148,8 +148,12 @@ def run_all(jobs: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any
                 begun = facts.get("begin", begun)
                 if "begin" not in facts:
                     results[facts["path"]] = facts
-        if begun and begun not in results:
-            results[begun] = {"old_loads": f"the process ended with {process.returncode}"}
+        ended = f"the process ended with {process.returncode}"
+        for item in part:
+            if item["path"] == begun and begun not in results:
+                if item.get("crashed") or item.get("new") is None:
+                    results[begun] = {"new_loads": ended}
+                item["crashed"] = ended
         left = [item for item in part if item["path"] not in results]
         if left and not begun:
             raise SystemExit(process.stderr)
@@ -165,6 +169,8 @@ def measure(folder: Path) -> list[dict[str, Any]]:
         results = run_all(jobs, room)
         for item in jobs:
             item.update(results.get(item["path"], {}))
+            if "crashed" in item:
+                item["old_loads"] = item["crashed"]
     return found
 
 

@@ -155,27 +155,6 @@ def _classes(value: Any) -> Iterator[tuple[str, str]]:
             yield from _classes(item)
 
 
-def convert_file(path: Path, model: Mapping[str, Any] | None, folder: Path, name: str) -> Path:
-    """A model file of any format as `.keras`, through Keras.
-
-    Raises:
-        FormatError: if it holds code.
-        MergeError: if Keras does not open it.
-    """
-    check_runs_no_code(model, path.name)
-    return save_model(load_model(_with_suffix(path, model, folder), f"'{path.name}'"), folder, name)
-
-
-def _with_suffix(path: Path, model: Mapping[str, Any] | None, folder: Path) -> Path:
-    """Keras goes by the suffix: a file whose suffix tells something else is handed over under another name."""
-    suffix = ".keras" if model is not None and "module" in model else ".h5"
-    if path.is_dir() or path.name.endswith(suffix) or (suffix == ".h5" and path.name.endswith(".hdf5")):
-        return path
-    link = folder / f"source_{len(os.listdir(folder))}{suffix}"
-    link.symlink_to(path.resolve())
-    return link
-
-
 def write_as_h5(path: Path, target: Path, attribute: str, custom_objects: Mapping[str, Any] | None = None) -> None:
     """A `.keras` file as a Keras 3 `.h5` at `target`, with kmerge's facts in an attribute.
 

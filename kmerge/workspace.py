@@ -141,13 +141,14 @@ class Workspace:
         """Sources as they are if they are of one format and dialect and the target is too; else all as `.keras`."""
         if any(source.graph is None for source in opened):
             return opened
-        dialects = {source.dialect for source in opened}
+        dialects = {(source.dialect, _before_keras3(source)) for source in opened}
         wanted = family(target) if target is not None else None
         if len(dialects) == 1 and (wanted is None or wanted == (opened[0].dialect is Dialect.KERAS3)):
             return opened
-        if target is not None and all(source.dialect is Dialect.KERAS3 for source in opened):
+        if target is not None and len(dialects) == 1 and opened[0].dialect is Dialect.KERAS3:
             return opened
-        return [source if source.dialect is Dialect.KERAS3 else upgraded(source) for source in opened]
+        current = [source.dialect is Dialect.KERAS3 and not _before_keras3(source) for source in opened]
+        return [source if is_new else upgraded(source) for source, is_new in zip(opened, current, strict=True)]
 
     def to_run(self, opened: Sequence[Source], target: Path | None = None) -> list[Source]:
         """The sources in words that current Keras opens, and computes as their writers did.
@@ -160,6 +161,11 @@ class Workspace:
         found = [upgrade(source) for source in opened]
         kinds = {item.kind for one in found for item in one.obstacles}
         if kinds == {"custom"}:
+            names = dict.fromkeys(item.layer for one in found for item in one.obstacles)
+            self.notes += (
+                f"custom layers ({', '.join(list(names)[:3])}) keep the sources from being upgraded: they are run as "
+                "current Keras reads them",
+            )
             return list(opened)
         for source, one in zip(opened, found, strict=True):
             if one.obstacles:
@@ -167,6 +173,11 @@ class Workspace:
         if target is not None and family(target) is False:
             return [as_legacy(one) for one in found]
         return [one.source for one in found]
+
+
+def _before_keras3(source: Source) -> bool:
+    """Whether tf.keras 2.12 to 2.15 wrote a `.keras` file, in words of its own."""
+    return source.version.startswith("2.")
 
 
 def _is_path(value: Any) -> bool:

@@ -23,7 +23,9 @@ from kmerge.upgrade import upgrade
 
 LEGACY = Path(__file__).resolve().parent.parent / "fixtures" / "legacy"
 LAMBDAS = ("k122_lambda", "k224_lambda", "tfk215_lambda", "tfk215_lambda2")
-FILES = sorted(path.stem for path in LEGACY.glob("*.h5"))
+FILES = sorted(path.stem for path in LEGACY.glob("*.h5") if not path.stem.startswith("tfk221"))
+LATER = sorted(path.name for path in LEGACY.glob("tfk221*") if path.suffix != ".npz")
+"""Of the last tf.keras: operations, attention, nested models, mixed precision; in either format."""
 REPRODUCED = 1e-5
 
 
@@ -53,6 +55,19 @@ def assert_reproduces(path: Path, name: str, **options: Any) -> None:
 def test_predictions_are_those_that_were_recorded(name: str, tmp_path: Path) -> None:
     kmerge.convert(LEGACY / f"{name}.h5", tmp_path / "new.keras")
     assert_reproduces(tmp_path / "new.keras", name)
+
+
+@pytest.mark.parametrize("file", LATER)
+def test_predictions_of_the_last_tf_keras(file: str, tmp_path: Path) -> None:
+    kmerge.convert(LEGACY / file, tmp_path / "new.keras")
+    assert_reproduces(tmp_path / "new.keras", Path(file).stem)
+    kmerge.combine([LEGACY / file] * 2, tmp_path / f"two{Path(file).suffix}", method="mean")
+
+
+def test_operations_cannot_stand_in_the_old_format(tmp_path: Path) -> None:
+    with pytest.raises(kmerge.FormatError, match=r"is an operation \(\w+\), which Keras cannot open again from an .h5"):
+        kmerge.convert(LEGACY / "tfk221_ops.h5", tmp_path / "new.h5")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["k122_lstm", "k122_cnn", "k224_bilstm", "tfk215_nested_bn", "tfk215_gru"])
