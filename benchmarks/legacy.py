@@ -45,6 +45,8 @@ def recorded(path: Path) -> tuple[dict[str, Any], list[Any]] | None:
     beside = path.with_name(path.name.replace("_model.h5", "_inputs_and_outputs.h5"))
     if beside != path and beside.exists():
         with h5py.File(beside) as file:
+            if "predictions" not in file:  # inputs and outputs that are wanted, not what the model gave
+                return None
             inputs = {name.removesuffix("_input"): np.asarray(file["inputs"][name]) for name in file["inputs"]}
             return inputs, [np.asarray(file["predictions"][name]) for name in file["predictions"]]
     return None
