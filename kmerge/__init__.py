@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kmerge.version import __version__
 
 if TYPE_CHECKING:
-    from kmerge.api import combine, compare, inspect, merge_models
+    from kmerge.api import combine, compare, convert, inspect, merge_models
     from kmerge.errors import (
         DataError,
         FormatError,
@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     )
     from kmerge.methods import METHODS
     from kmerge.plan import Plan
+    from kmerge.report.conversion import Conversion
     from kmerge.report.facts import Report
 
 __all__ = [
     "METHODS",
+    "Conversion",
     "DataError",
     "FormatError",
     "GraphError",
@@ -46,12 +48,14 @@ __all__ = [
     "__version__",
     "combine",
     "compare",
+    "convert",
     "inspect",
     "merge_models",
 ]
 
 _HOMES = {
-    **dict.fromkeys(("combine", "compare", "inspect", "merge_models"), "kmerge.api"),
+    **dict.fromkeys(("combine", "compare", "convert", "inspect", "merge_models"), "kmerge.api"),
+    "Conversion": "kmerge.report.conversion",
     "METHODS": "kmerge.methods",
     "Plan": "kmerge.plan",
     "Report": "kmerge.report.facts",

@@ -11,18 +11,22 @@ from typing import Any
 
 from kmerge import live
 from kmerge.agreement import warnings
+from kmerge.conversion import convert_model, convert_path
+from kmerge.custom import import_custom, import_lambdas
+from kmerge.dialects.reading import Dialect
 from kmerge.errors import PlanError
 from kmerge.job import check_output, prepare, shared_places, write
 from kmerge.layout import lay_out
 from kmerge.plan import Plan, Role
 from kmerge.progress import Progress, silent
 from kmerge.report.comparison import Comparison, compare_sources
+from kmerge.report.conversion import Conversion
 from kmerge.report.facts import Report
-from kmerge.report.inspection import Inspection, inspect_source, old_hard_sigmoid
+from kmerge.report.inspection import Inspection, inspect_source
 from kmerge.rules import Rules
 from kmerge.running import run_models
 from kmerge.source import open_source
-from kmerge.workspace import Sources, Workspace, changed_meaning, is_h5, listed, size_of, target_of
+from kmerge.workspace import Sources, Workspace, is_h5, listed, size_of, target_of
 
 
 def combine(
@@ -114,7 +118,7 @@ def combine(
         target = target_of(output, work.peek(sources))
         opened = work.open(sources, rules, base, target)
         work.protect(target, plan, data)
-        job = prepare(opened, rules, plan, isinstance(sources, Mapping), work, dry_run)
+        job = prepare(opened, rules, plan, isinstance(sources, Mapping), work, dry_run, target)
         if not dry_run:
             check_output(job, target, force)
             job = run_models(job, work, progress or silent)
@@ -197,19 +201,54 @@ def merge_models(
         if not work.trusted:
             for source in opened:
                 live.check_runs_no_code(source.model, source.name)
-        job = prepare(opened, rules, plan, isinstance(sources, Mapping), work)
+            opened = work.to_run(opened)
+            if opened[0].dialect is Dialect.KERAS3:
+                target = target.with_suffix(".keras")
+        job = prepare(opened, rules, plan, isinstance(sources, Mapping), work, target=target)
         job = run_models(job, work, progress or silent, custom_objects)
         job = write(job, target, work, True, progress or silent)
-        changed = [(source.label, layers) for source in job.sources if (layers := old_hard_sigmoid(source))]
         fused = job.plan.calibration is not None
         notes = [*warnings(job.agreement, fused), *job.plan.notes, *job.notes]
-        notes += [changed_meaning(label, layers) for label, layers in changed]
         for note in notes:
             logging.getLogger("kmerge").warning(note)
         model = live.load_model(target, "the merged model", work.custom_objects(custom_objects), work.trusted)
         if job.plan.freeze and job.merged is not None:
             live.freeze(model, shared_places(job.merged))
         return model
+
+
+def convert(
+    old: str | os.PathLike[str],
+    new: str | os.PathLike[str],
+    *,
+    lambda_: Mapping[str, Any] | None = None,
+    custom: Sequence[str] | Mapping[str, Any] = (),
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Convert a model file of any age to one that current Keras opens, and that computes the same.
+
+    Keras is not imported and nothing in the file is run, unless `lambda_` or `custom` ask for modules of the caller's.
+
+    Args:
+        old: a whole model: `.h5` or `.keras`, written by any Keras from 1.0 on or by tf.keras.
+        new: where to write; `.keras`, or `.h5` for the old format, decide by suffix; none for a folder.
+        lambda_: what stands in for each Lambda layer, by its name: `"MODULE:FUNCTION"`, or the object itself: a
+            `keras.layers.Layer` class, a layer, or a function registered with Keras.
+        custom: modules that register custom layers with Keras; or the classes themselves, by name.
+        force: replace an existing output.
+        progress: called with the bytes done and to do.
+
+    Returns:
+        The report; `to_dict()` is what `kmerge convert --json` prints.
+
+    Raises:
+        KmergeError: with what happened and how to go on. Nothing is written then.
+    """
+    lambdas = import_lambdas(lambda_ or {})
+    objects = import_custom(custom)
+    paths = convert_path(old, "old file"), convert_path(new, "output")
+    return convert_model(*paths, lambdas, objects, force, progress or silent)
 
 
 def inspect(path: str | os.PathLike[str]) -> Inspection:

@@ -25,7 +25,7 @@ def given_plan(given: Any, sources: list[Source], rules: Rules, named: bool) -> 
     """
     if rules != Rules(labels=rules.labels, samples=rules.samples):
         raise PlanError("A plan is given together with other rules: the plan decides everything. Leave the rules out.")
-    plan = _plan_of(given)
+    plan = plan_of(given)
     if len(plan.sources) != len(sources):
         raise PlanError(f"The plan is for {len(plan.sources)} sources: {len(sources)} given.")
     own = [source.label for source in sources]
@@ -64,7 +64,7 @@ def _relabelled(plan: Plan, labels: Sequence[str]) -> Plan:
     return replace(plan, sources=sources, layers=layers, options=renamed(plan.options))
 
 
-def _plan_of(given: Any) -> Plan:
+def plan_of(given: Any) -> Plan:
     """A plan from JSON, or from a model that kmerge merged."""
     if isinstance(given, (str, os.PathLike)) and is_there(Path(given)) and not _looks_like_json(Path(given)):
         with open_source(given) as source:

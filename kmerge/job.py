@@ -13,7 +13,7 @@ from kmerge.agreement import Agreement
 from kmerge.assembly import Assembly, Values, assemble, assemble_flat
 from kmerge.engine import merge_tensors
 from kmerge.errors import OutputError, PlanError, UnrelatedError
-from kmerge.given import given_plan
+from kmerge.given import given_plan, plan_of
 from kmerge.graph import layer_order
 from kmerge.layout import Layout, lay_out
 from kmerge.methods import get_method
@@ -94,7 +94,13 @@ class Job:
 
 
 def prepare(
-    sources: list[Source], rules: Rules, given: Any, named: bool, work: Workspace, dry_run: bool = False
+    sources: list[Source],
+    rules: Rules,
+    given: Any,
+    named: bool,
+    work: Workspace,
+    dry_run: bool = False,
+    target: Path | None = None,
 ) -> Job:
     """Everything up to the first step of work.
 
@@ -105,10 +111,13 @@ def prepare(
         named: whether the user gave the sources by label.
         work: of this run.
         dry_run: whether this is all: no inputs are made up then.
+        target: the output, whose suffix tells the format of sources that have to be upgraded to be run.
     """
     flat = any(source.graph is None for source in sources)
     found: Ancestry | None = None
     if given is not None:
+        if not flat and not work.trusted and (rules.data is not None or plan_of(given).calibration is not None):
+            sources = work.to_run(sources, target)  # such a plan was made of upgraded ones
         plan, sources = given_plan(given, sources, rules, named)
     elif rules.method == "auto":
         rules, plan, found = _decide(sources, rules, flat)
@@ -122,6 +131,9 @@ def prepare(
     if (runs or (merges and rules.data is not None)) and not work.trusted:
         for source in sources:
             live.check_runs_no_code(source.model, source.name, _WITHOUT_RUNNING)
+        current = work.to_run(sources, target)
+        if any(new is not old for new, old in zip(current, sources, strict=True)):
+            return prepare(current, rules, given, named, work, dry_run, target)
     inputs = _inputs(plan, sources, rules, runs, dry_run) if merges else None
     if runs:
         plan = replace(plan, calibration=_facts(plan, rules, inputs))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kmerge.errors import FormatError, MergeError, OutputError
+from kmerge.store.target import copy_file
 
 RUNS_CODE = {
     "Lambda": "holds Python bytecode",
@@ -154,27 +155,6 @@ def _classes(value: Any) -> Iterator[tuple[str, str]]:
             yield from _classes(item)
 
 
-def convert_file(path: Path, model: Mapping[str, Any] | None, folder: Path, name: str) -> Path:
-    """A model file of any format as `.keras`, through Keras.
-
-    Raises:
-        FormatError: if it holds code.
-        MergeError: if Keras does not open it.
-    """
-    check_runs_no_code(model, path.name)
-    return save_model(load_model(_with_suffix(path, model, folder), f"'{path.name}'"), folder, name)
-
-
-def _with_suffix(path: Path, model: Mapping[str, Any] | None, folder: Path) -> Path:
-    """Keras goes by the suffix: a file whose suffix tells something else is handed over under another name."""
-    suffix = ".keras" if model is not None and "module" in model else ".h5"
-    if path.is_dir() or path.name.endswith(suffix) or (suffix == ".h5" and path.name.endswith(".hdf5")):
-        return path
-    link = folder / f"source_{len(os.listdir(folder))}{suffix}"
-    link.symlink_to(path.resolve())
-    return link
-
-
 def write_as_h5(path: Path, target: Path, attribute: str, custom_objects: Mapping[str, Any] | None = None) -> None:
     """A `.keras` file as a Keras 3 `.h5` at `target`, with kmerge's facts in an attribute.
 
@@ -200,6 +180,29 @@ def write_as_h5(path: Path, target: Path, attribute: str, custom_objects: Mappin
         raise OutputError(
             f"Keras cannot write the merged model as .h5: {one_line(error)}. Write it as .keras."
         ) from error
+
+
+def rewrite(path: Path, target: Path, custom_objects: Mapping[str, Any], overwrite: bool) -> None:
+    """A model file opened and saved again by Keras, in the format that the target's suffix tells; whole or not at all.
+
+    Args:
+        path: what to open.
+        target: where to save.
+        custom_objects: classes of custom layers, as for `load_model`.
+        overwrite: replace what stands there.
+
+    Raises:
+        MergeError: if Keras does not open it.
+        OutputError: if Keras cannot save it, or it cannot stand there.
+    """
+    model = load_model(path, "the converted model", custom_objects)
+    middle = path.with_name(f"again{target.suffix}")
+    try:
+        with quiet():
+            model.save(middle)
+    except Exception as error:
+        raise OutputError(f"Keras cannot save the converted model: {one_line(error)}.") from error
+    copy_file(middle, target.absolute(), overwrite)
 
 
 def freeze(model: Any, places: list[int]) -> None:

@@ -316,7 +316,7 @@ def _states_h5(
         if index not in nested.models:
             states[id(nested), index] = State(tuple(found))
             continue
-        for address, part in _split(nested.models[index], found, name, weights.path.name).items():
+        for address, part in split_weights(nested.models[index], found, name, weights.path.name).items():
             states[address] = State(tuple(part))
     for address, layer in zip(dissolved.addresses, dissolved.graph.layers, strict=True):
         specs = weight_specs(layer.class_name, layer.config) or ()
@@ -350,7 +350,7 @@ def _leaves(nested: Nested) -> Iterator[tuple[Address, Layer]]:
             yield (id(nested), index), nested.graph.layers[index]
 
 
-def _split(model: Nested, found: Sequence[Weight], name: str, file: str) -> dict[Address, list[Weight]]:
+def split_weights(model: Nested, found: Sequence[Weight], name: str, file: str) -> dict[Address, list[Weight]]:
     """The weights that an old file stores under one nested model, per layer inside it.
 
     The file lists trainable weights first, then the others. Names tell which layer is meant where each fits exactly
@@ -518,7 +518,7 @@ def _states_keras3(
             else:
                 used.add(key)
                 found.append(known.weight(key, local, layer.class_name, layer.config))
-        found.sort(key=lambda weight: _natural(weight.key))
+        found.sort(key=lambda weight: natural(weight.key))
         specs = weight_specs(layer.class_name, layer.config)
         own = [weight for weight in found if weight.key.startswith("vars/")]
         if specs and not found:
@@ -553,7 +553,7 @@ def _owner(key: str, paths: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _natural(key: str) -> tuple[tuple[bool, int, str], ...]:
+def natural(key: str) -> tuple[tuple[bool, int, str], ...]:
     return tuple((not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in key.split("/"))
 
 

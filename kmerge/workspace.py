@@ -12,12 +12,13 @@ from typing import Any
 
 from kmerge import live
 from kmerge.dialects.reading import Dialect
-from kmerge.errors import MergeError, OutputError, PlanError
+from kmerge.errors import FormatError, OutputError, PlanError
 from kmerge.plan import is_there
-from kmerge.report.inspection import old_hard_sigmoid
+from kmerge.report.conversion import explain_obstacles
 from kmerge.rules import Rules, unique_labels
 from kmerge.source import Source, open_source, stem
 from kmerge.store import Kind, identify
+from kmerge.upgrade import as_legacy, is_outdated, upgrade
 
 SourceLike = Any
 """A path, or a live `keras.Model`."""
@@ -65,6 +66,10 @@ class Workspace:
         """Classes of custom layers: those of the live models, and what the caller gave."""
         return {**live.custom_objects_of(self._models), **(given or {})}
 
+    def claim(self, source: Source) -> None:
+        """Count the files of a source among the inputs, which are never changed."""
+        self._inputs += source.files
+
     def subfolder(self) -> Path:
         """A new empty folder."""
         return Path(tempfile.mkdtemp(dir=self.folder))
@@ -78,7 +83,7 @@ class Workspace:
         return dict(zip(unique_labels(names), values, strict=True))
 
     def open(self, sources: Sources, rules: Rules, base: Any, target: Path | None) -> list[Source]:
-        """Every source opened in one format and dialect; what is in another one goes through Keras."""
+        """Every source opened in one format and dialect; what is in another one is brought to current Keras."""
         values = self.peek(sources)
         labels = list(values) if rules.labels is None else list(rules.labels)
         if len(labels) != len(values):
@@ -136,39 +141,61 @@ class Workspace:
         """Sources as they are if they are of one format and dialect and the target is too; else all as `.keras`."""
         if any(source.graph is None for source in opened):
             return opened
-        dialects = {source.dialect for source in opened}
+        dialects = {(source.dialect, _before_keras3(source)) for source in opened}
         wanted = family(target) if target is not None else None
         if len(dialects) == 1 and (wanted is None or wanted == (opened[0].dialect is Dialect.KERAS3)):
             return opened
-        if target is not None and all(source.dialect is Dialect.KERAS3 for source in opened):
+        if target is not None and len(dialects) == 1 and opened[0].dialect is Dialect.KERAS3:
             return opened
-        for source in opened:
-            layers = old_hard_sigmoid(source)
-            if layers:
-                self.notes += (changed_meaning(source.label, layers),)
-        return [source if source.dialect is Dialect.KERAS3 else self._converted(source) for source in opened]
+        current = [source.dialect is Dialect.KERAS3 and not _before_keras3(source) for source in opened]
+        return [source if is_new else upgraded(source) for source, is_new in zip(opened, current, strict=True)]
 
-    def _converted(self, source: Source) -> Source:
-        if source.path is None:
-            raise MergeError(f"The live model '{source.label}' cannot be brought into one format with the others.")
-        path = live.convert_file(source.path, source.model, self.subfolder(), "model")
-        again = open_source(path, source.label)
-        self._stack.callback(again.close)
-        note = f"converted from {source.kind.value} by Keras"
-        return replace(
-            again, name=source.name, size=source.size, training=source.training, warnings=(*source.warnings, note)
-        )
+    def to_run(self, opened: Sequence[Source], target: Path | None = None) -> list[Source]:
+        """The sources in words that current Keras opens, and computes as their writers did.
+
+        They are left as they are where it does already, and where layers of the user's own are known to Keras alone.
+        A target named .h5 keeps them in that format.
+        """
+        if not any(is_outdated(source) for source in opened):
+            return list(opened)
+        found = [upgrade(source) for source in opened]
+        kinds = {item.kind for one in found for item in one.obstacles}
+        if kinds == {"custom"}:
+            names = dict.fromkeys(item.layer for one in found for item in one.obstacles)
+            self.notes += (
+                f"custom layers ({', '.join(list(names)[:3])}) keep the sources from being upgraded: they are run as "
+                "current Keras reads them",
+            )
+            return list(opened)
+        for source, one in zip(opened, found, strict=True):
+            if one.obstacles:
+                raise FormatError(explain_obstacles(source.name, one.obstacles))
+        if target is not None and family(target) is False:
+            return [as_legacy(one) for one in found]
+        return [one.source for one in found]
+
+
+def _before_keras3(source: Source) -> bool:
+    """Whether tf.keras 2.12 to 2.15 wrote a `.keras` file, in words of its own."""
+    return source.version.startswith("2.")
 
 
 def _is_path(value: Any) -> bool:
     return isinstance(value, (str, os.PathLike))
 
 
-def changed_meaning(label: str, layers: Sequence[str]) -> str:
-    return (
-        f"'{label}': {', '.join(layers[:3])} compute hard_sigmoid as Keras 2 did; in current Keras it is another "
-        "function, so that predictions differ a little"
-    )
+def upgraded(source: Source) -> Source:
+    """A source of another dialect as a `.keras` file of current Keras would hold it.
+
+    Raises:
+        FormatError: if it holds code, or layers that are not Keras's own.
+    """
+    live.check_runs_no_code(source.model, source.name)
+    found = upgrade(source)
+    if found.obstacles:
+        raise FormatError(explain_obstacles(source.name, found.obstacles))
+    note = f"upgraded from {source.kind.value}"
+    return replace(found.source, warnings=(*source.warnings, note))
 
 
 def is_h5(value: SourceLike) -> bool:

@@ -207,9 +207,8 @@ def test_statistics_do_not_count_but_follow() -> None:
 
 
 def _constant(tensor: Any, values: np.ndarray) -> Any:
-    made = PermutedTensor(tensor.shape, tensor.dtype, tensor.size, tensor.nbytes, tensor.where, tensor, ())
-    made.memory.values, made.memory.left = values.view(np.uint8), 1 << 40
-    return made
+    facts = (tensor.shape, tensor.dtype, tensor.size, tensor.nbytes, tensor.where)
+    return PermutedTensor(*facts, lambda: values, original=tensor)
 
 
 def test_weights_that_are_not_finite_are_named() -> None:

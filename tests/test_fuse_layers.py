@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,8 @@ def stranger(source: Source, label: str, seed: int) -> Source:
             tensor = weight.tensor
             if tensor.dtype.startswith(("float", "bfloat")) and tensor.size > 1 and not state.assets:
                 values = rng.permutation(tensor.read().ravel())
-                made = PermutedTensor(tensor.shape, tensor.dtype, tensor.size, tensor.nbytes, tensor.where, tensor, ())
-                made.memory.values, made.memory.left = np.ascontiguousarray(values).view(np.uint8), 1 << 40
+                facts = (tensor.shape, tensor.dtype, tensor.size, tensor.nbytes, tensor.where)
+                made = PermutedTensor(*facts, partial(np.asarray, values), original=tensor)
                 weights[place] = replace(weight, tensor=made)
         states.append(replace(state, weights=tuple(weights)))
     return replace(source, label=label, states=tuple(states))

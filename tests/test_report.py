@@ -18,7 +18,7 @@ from kmerge.graph import Call, Graph, Layer, Ref, ancestors
 from kmerge.live import RUNS_CODE
 from kmerge.report.comparison import blocked_layers
 from kmerge.report.facts import LayerSize, Report, Size
-from kmerge.report.inspection import inspect_source, old_hard_sigmoid
+from kmerge.report.inspection import inspect_source
 from kmerge.report.page import report_page
 from kmerge.report.text import (
     Part,
@@ -31,6 +31,7 @@ from kmerge.report.text import (
 from kmerge.report.words import output_text, parameters_text, printable, share_text, short, summary_rows
 from kmerge.source import Source, State, Weight
 from kmerge.store import Kind, Tensor
+from kmerge.upgrade import refusals
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 
@@ -216,25 +217,31 @@ HARD: dict[str, dict[str, Any]] = {
 }
 
 
+def hard(source: Source) -> list[str]:
+    """Layers that current Keras would compute otherwise because of the old hard_sigmoid."""
+    return [name for item in refusals(source) if item.silent and "hard_sigmoid" in item.reason for name in item.layers]
+
+
 @pytest.mark.parametrize("config", HARD.values(), ids=HARD)
 def test_the_old_hard_sigmoid_is_told(config: dict[str, Any]) -> None:
     for version in ("1.2.2", "2.2.4", "2.6.0", "2.4.0-tf", ""):
         source = opened("RNN", config, version)
-        assert old_hard_sigmoid(source) == ["it"]
-        (hazard,) = inspect_source(source).hazards
-        assert hazard.startswith("'it' (RNN) computes hard_sigmoid as Keras 2 and 1 did, clip(0.2x + 0.5);")
-    assert old_hard_sigmoid(opened("RNN", config, "2.15.0", Dialect.KERAS3)) == ["it"]
+        assert hard(source) == ["it"]
+        told = [item for item in inspect_source(source).refused if item["silent"]]
+        assert [item["layers"] for item in told] == [["it"]]
+        assert told[0]["reason"].startswith("hard_sigmoid, clip(0.2x + 0.5) as it was")
+    assert hard(opened("RNN", config, "2.15.0", Dialect.KERAS3)) == ["it"]
     for dialect in (Dialect.KERAS3, Dialect.KERAS3_H5):
-        assert old_hard_sigmoid(opened("RNN", config, "3.0.0", dialect)) == []
-        assert old_hard_sigmoid(opened("RNN", config, "", dialect)) == []
+        assert hard(opened("RNN", config, "3.0.0", dialect)) == []
+        assert hard(opened("RNN", config, "", dialect)) == []
 
 
 def test_other_activations_are_no_hard_sigmoid() -> None:
-    assert old_hard_sigmoid(opened("LSTM", {"recurrent_activation": "sigmoid", "name": "hard_sigmoid"})) == []
-    assert old_hard_sigmoid(opened("Dense", {"activation": None, "units": 3})) == []
-    assert old_hard_sigmoid(opened("LSTM", {})) == ["it"]  # by default, before 2.3
-    assert old_hard_sigmoid(opened("LSTM", {}, "2.3.0")) == []
-    assert old_hard_sigmoid(replace(opened("LSTM", {}), graph=None)) == []
+    assert hard(opened("LSTM", {"recurrent_activation": "sigmoid", "name": "hard_sigmoid"})) == []
+    assert hard(opened("Dense", {"activation": None, "units": 3})) == []
+    assert hard(opened("LSTM", {})) == ["it"]  # by default, before 2.3
+    assert hard(opened("LSTM", {}, "2.3.0")) == []
+    assert hard(replace(opened("LSTM", {}), graph=None)) == []
 
 
 @pytest.mark.parametrize("class_name", RUNS_CODE)

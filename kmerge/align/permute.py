@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +13,7 @@ from kmerge.spaces import AxisUse, Space, order_of
 from kmerge.spaces.scope import Part
 from kmerge.spaces.units import Labels
 from kmerge.store import Tensor
+from kmerge.store.derived import DerivedTensor
 
 
 @dataclass(frozen=True)
@@ -79,42 +79,15 @@ def slices(part: Part, rank: int) -> tuple[slice, ...]:
     return tuple(bounds.get(axis, slice(None)) for axis in range(rank))
 
 
-@dataclass
-class _Memory:
-    """The reordered numbers of a tensor, while it is being read."""
-
-    lock: threading.Lock = field(default_factory=threading.Lock)
-    values: Array | None = None
-    left: int = 0
-
-
 @dataclass(frozen=True, slots=True, eq=False)
-class PermutedTensor(Tensor):
+class PermutedTensor(DerivedTensor):
     """A tensor whose numbers are read in another order.
-
-    Its first read brings the whole tensor into memory; when as many numbers have been asked for as it has, it is let
-    go again. So a merge that reads every tensor once, block by block, holds few of them at a time, each whole.
 
     Attributes:
         original: the tensor as it is stored.
-        steps: how it is reordered.
     """
 
-    original: Tensor
-    steps: tuple[Step, ...]
-    memory: _Memory = field(default_factory=_Memory)
-
-    def _read(self, start: int, raw: Array) -> None:
-        itemsize = self.nbytes // self.size
-        with self.memory.lock:
-            if self.memory.values is None:
-                values = reordered(self.original.read(), self.steps)
-                self.memory.values = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-                self.memory.left = self.size
-            raw[:] = self.memory.values[start * itemsize : start * itemsize + raw.size]
-            self.memory.left -= raw.size // itemsize
-            if self.memory.left <= 0:
-                self.memory.values = None
+    original: Tensor = field(kw_only=True)
 
 
 def permuted(source: Source, alignment: Alignment) -> Source:
@@ -134,8 +107,13 @@ def permuted(source: Source, alignment: Alignment) -> Source:
         for number, weight in enumerate(weights):
             found = steps.get((layer, number))
             if found:
-                old = weight.tensor
-                tensor = PermutedTensor(old.shape, old.dtype, old.size, old.nbytes, old.where, old, tuple(found))
-                weights[number] = replace(weight, tensor=tensor)
+                weights[number] = replace(weight, tensor=_permuted(weight.tensor, found))
         states.append(replace(state, weights=tuple(weights)))
     return replace(source, states=tuple(states))
+
+
+def _permuted(old: Tensor, steps: Sequence[Step]) -> PermutedTensor:
+    def make() -> Array:
+        return reordered(old.read(), steps)
+
+    return PermutedTensor(old.shape, old.dtype, old.size, old.nbytes, old.where, make, original=old)

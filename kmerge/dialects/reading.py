@@ -151,6 +151,8 @@ def _read_sequential(model: Mapping[str, Any], dialect: Dialect, depth: int) -> 
     layers: list[Layer] = []
     models: dict[int, Nested] = {}
     identities: dict[int, object] = {}
+    if _joins_branches(next(iter(_entries(model)), None)):
+        return _read_branches(model, name, dialect, depth)
     for number, entry in enumerate(_entries(model)):
         layer, identity = _layer(entry, name)
         if not layer.name:
@@ -170,6 +172,64 @@ def _read_sequential(model: Mapping[str, Any], dialect: Dialect, depth: int) -> 
         calls.append(Call(number, _positional(dialect, tensor)))
     graph = Graph(name, tuple(layers), tuple(calls), Ref(0), Ref(len(layers) - 1))
     return Nested(graph, models, identities, sequential=True)
+
+
+def _joins_branches(entry: Any) -> bool:
+    """Whether a Sequential's first layer is Keras 1's Merge with the models inside it that it joins."""
+    config = entry.get("config") if isinstance(entry, Mapping) else None
+    return (
+        isinstance(config, Mapping)
+        and entry.get("class_name") == "Merge"
+        and isinstance(config.get("layers"), list)
+        and bool(config["layers"])
+    )
+
+
+def _read_branches(model: Mapping[str, Any], name: str, dialect: Dialect, depth: int) -> Nested:
+    """Keras 1's Sequential that begins with a Merge of models: one network with an input for each of them.
+
+    Files name the weights of the layers inside as if they stood at the top, so here they do.
+    """
+    layers: list[Layer] = []
+    models: dict[int, Nested] = {}
+    calls: list[Call] = []
+    inputs: list[Ref] = []
+
+    def follow(part: Mapping[str, Any], level: int) -> Ref:
+        if level > MAX_DEPTH:
+            raise UnsafeFileError(f"Models are nested more than {MAX_DEPTH} deep: no real model is. Nothing was read.")
+        entries = _entries(part)
+        if part.get("class_name") != "Sequential" or not entries:
+            raise GraphError(f"'{name}' merges something that is no Sequential model: it cannot be followed.")
+        end: Ref | None = None
+        for number, entry in enumerate(entries):
+            if number == 0 and _joins_branches(entry):
+                branches = [follow(branch, level + 1) for branch in entry["config"]["layers"]]
+                layer, _ = _layer(entry, name)
+                settings = {key: value for key, value in layer.config.items() if key != "layers"}
+                layers.append(replace(layer, config=settings, name=layer.name or f"merge_{len(layers)}"))
+                calls.append(Call(len(layers) - 1, [[ref, {}] for ref in branches]))
+                end = Ref(len(calls) - 1)
+                continue
+            layer, _ = _layer(entry, name)
+            layer = replace(layer, name=layer.name or f"{to_snake_case(layer.class_name)}_{len(layers)}")
+            if end is None and not layer.is_input:
+                layers.append(_missing_input(part, entry, layer.name, dialect))
+                calls.append(Call(len(layers) - 1))
+                end = Ref(len(calls) - 1)
+                inputs.append(end)
+            if _keeps_graph(entry):
+                models[len(layers)] = read_model(entry, dialect, depth + 1)
+            layers.append(layer)
+            calls.append(Call(len(layers) - 1, None if end is None else _positional(dialect, end)))
+            if end is None:
+                inputs.append(Ref(len(calls) - 1))
+            end = Ref(len(calls) - 1)
+        assert end is not None
+        return end
+
+    output = follow(model, depth)
+    return Nested(Graph(name, tuple(layers), tuple(calls), inputs, output), models, sequential=True)
 
 
 def _positional(dialect: Dialect, tensor: Ref) -> Any:
@@ -335,6 +395,10 @@ def _arguments(node: Any, numbers: Mapping[str, int], dialect: Dialect) -> Any:
         return {"args": _revive(args), "kwargs": _revive(kwargs)}
     arguments = _pairs(node, numbers)
     if dialect is not Dialect.KERAS2:
+        if isinstance(arguments, list) and len(arguments) == 2 and isinstance(arguments[0], _Name):
+            arguments = [arguments]  # the operations of tf.keras stand in no list of their own
+        if _is_constant(arguments) or (isinstance(arguments, list) and arguments and _is_constant(arguments[0])):
+            return arguments
         tensors = [pair[0] for pair in arguments] if isinstance(arguments, list) else []
         return {"args": [tensors[0] if len(tensors) == 1 else tensors], "kwargs": arguments[-1][1] if tensors else {}}
     return arguments
@@ -370,11 +434,18 @@ def _pairs(node: Any, numbers: Mapping[str, int]) -> Any:
     """Keras 2's `[name, node, tensor, kwargs]` to `[tensor, kwargs]`, wherever they stand in the node."""
     if _is_name(node, numbers):
         return [_Name(node[0], node[1], node[2]), _keywords(node[3] if len(node) == 4 else {}, numbers)]
+    if _is_constant(node):
+        return [*node[:3], _keywords(node[3], numbers)]
     if isinstance(node, list):
         return [_pairs(item, numbers) for item in node]
     if isinstance(node, Mapping):
         return {key: _pairs(item, numbers) for key, item in node.items()}
     return node
+
+
+def _is_constant(node: Any) -> bool:
+    """tf.keras's `["_CONSTANT_VALUE", -1, value, kwargs]`: a call whose first argument is a number."""
+    return isinstance(node, list) and len(node) == 4 and node[0] == "_CONSTANT_VALUE" and isinstance(node[3], Mapping)
 
 
 def _keywords(value: Any, numbers: Mapping[str, int]) -> Any:

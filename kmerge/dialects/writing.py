@@ -136,6 +136,8 @@ def _for_any_version(class_name: str, config: Mapping[str, Any]) -> dict[str, An
 def _write_arguments(graph: Graph, arguments: Any, dialect: Dialect, history: Any) -> Any:
     if dialect is Dialect.KERAS2:
         return _write_pairs(arguments, history)
+    if not (isinstance(arguments, Mapping) and "args" in arguments):  # tf.keras's operations on constants
+        return _write_pairs(arguments, history)
     if _all_shapes_known(arguments):
         return substitute(
             arguments,
@@ -150,7 +152,8 @@ def _write_arguments(graph: Graph, arguments: Any, dialect: Dialect, history: An
         )
     # Keras 3 reads old calls too; a new one needs the shapes of its tensors, which this network's file does not tell.
     tensors = arguments["args"][0] if arguments["args"] else []
-    return [[*history(ref), arguments["kwargs"]] for ref in (tensors if isinstance(tensors, list) else [tensors])]
+    keywords = substitute(arguments["kwargs"], history)
+    return [[*history(ref), keywords] for ref in (tensors if isinstance(tensors, list) else [tensors])]
 
 
 def _all_shapes_known(arguments: Any) -> bool:
@@ -165,6 +168,8 @@ def _all_shapes_known(arguments: Any) -> bool:
 
 def _write_pairs(arguments: Any, history: Any) -> Any:
     """Keras 2's arguments: `[tensor, kwargs]` becomes `[layer, node, tensor, kwargs]`."""
+    if isinstance(arguments, Ref):
+        return history(arguments)
     if isinstance(arguments, list):
         if len(arguments) == 2 and isinstance(arguments[0], Ref) and isinstance(arguments[1], Mapping):
             return [*history(arguments[0]), substitute(arguments[1], history)]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from kmerge.dialects.reading import Dialect
 from kmerge.dialects.vocabulary import WeightKind, is_quantized
-from kmerge.dialects.writing import parse_version
+from kmerge.errors import KmergeError
 from kmerge.graph import Ref, flatten, refs
 from kmerge.live import RUNS_CODE
 from kmerge.report.facts import graph_size
 from kmerge.shapes import infer_shapes
 from kmerge.source import Source, State, is_parameter
+from kmerge.upgrade import refusals, upgrade
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,10 @@ class Inspection:
     merge: Mapping[str, Any] | None = None
     weights: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Weights of a file without a graph."""
+    refused: tuple[Mapping[str, Any], ...] = ()
+    """What current Keras refuses in the file, or (if `silent`) computes otherwise: reason, layers and silent each."""
+    obstacles: tuple[Mapping[str, str], ...] = ()
+    """What `kmerge convert` needs from the user, or cannot do: layer, class_name, kind and reason each."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON, as `kmerge inspect --json` prints it."""
@@ -99,6 +104,8 @@ def inspect_source(source: Source) -> Inspection:
     if graph is None:
         shapes = {weight.key: weight.tensor.shape for state in source.states for weight in state.weights}
         return Inspection(**common, multiply_adds=None, inputs={}, outputs={}, layers=(), weights=shapes)
+    common["refused"] = tuple({**vars(item), "layers": list(item.layers)} for item in refusals(source))
+    common["obstacles"] = _obstacles(source) if common["refused"] else ()
     known = infer_shapes(graph)
     roles = _roles(merge)
     layers = []
@@ -153,40 +160,11 @@ def _weights(state: State) -> dict[str, tuple[int, ...]]:
     return {weight.name if names[weight.name] == 1 else weight.key: weight.tensor.shape for weight in state.weights}
 
 
-def old_hard_sigmoid(source: Source) -> list[str]:
-    """Names of the layers that compute hard_sigmoid as Keras 2 and older did, clip(0.2x + 0.5): now clip(x/6 + 0.5)."""
-    if source.graph is None:
-        return []
-    version = parse_version(source.version)
-    if version >= (3,) or (not version and source.dialect is not Dialect.KERAS2):
-        return []
-    return [
-        layer.name
-        for layer in source.graph.layers
-        if "hard_sigmoid" in _activations(layer.config)
-        or (version < (2, 3) and layer.class_name in _GATED and not _GATES & layer.config.keys())
-    ]
-
-
-_GATED = ("LSTM", "GRU", "ConvLSTM2D")
-_GATES = {"recurrent_activation", "inner_activation"}
-"""What gated layers call the activation of their gates, in Keras 2 and 1; before 2.3 it is hard_sigmoid by default."""
-
-
-def _activations(value: Any) -> Iterator[str]:
-    """Names of the activations in a layer's configuration, those of layers inside it too."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            if key in ("activation", "recurrent_activation", "inner_activation"):
-                if isinstance(item, Mapping):  # {"class_name": "function", "config": "hard_sigmoid"}
-                    item = item.get("config") if isinstance(item.get("config"), str) else item.get("class_name")
-                if isinstance(item, str):
-                    yield item
-            else:
-                yield from _activations(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _activations(item)
+def _obstacles(source: Source) -> tuple[Mapping[str, str], ...]:
+    try:
+        return tuple(vars(item) for item in upgrade(source).obstacles)
+    except KmergeError as error:
+        return ({"layer": "", "class_name": "", "kind": "unknown", "reason": str(error)},)
 
 
 def _hazards(source: Source) -> list[str]:
@@ -194,7 +172,6 @@ def _hazards(source: Source) -> list[str]:
     found = list(source.warnings)
     if source.graph is None:
         return found
-    old = set(old_hard_sigmoid(source))
     for layer, state in zip(source.graph.layers, source.states, strict=True):
         where = f"'{layer.name}' ({layer.class_name})"
         if layer.class_name in RUNS_CODE:
@@ -203,11 +180,6 @@ def _hazards(source: Source) -> list[str]:
             found.append(f"{where} is a custom layer: whoever loads the file needs its class")
         if is_quantized(layer.config):
             found.append(f"{where} is quantised: its weights can be taken from one source, not averaged")
-        if layer.name in old:
-            found.append(
-                f"{where} computes hard_sigmoid as Keras 2 and 1 did, clip(0.2x + 0.5); current Keras computes "
-                "clip(x/6 + 0.5), so predictions differ a little there"
-            )
         if any(weight.kind is WeightKind.LEARNED for weight in state.weights):
             found.append(f"{where} holds state adapted to data: shared only where it is equal")
     return found

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from kmerge.agreement import percent
 from kmerge.report.comparison import Comparison, LayerComparison
+from kmerge.report.conversion import Conversion
 from kmerge.report.facts import Report
 from kmerge.report.inspection import Inspection, LayerFacts
 from kmerge.report.words import (
@@ -85,6 +86,19 @@ def summary_table(report: Report) -> Part:
     return _facts(summary_rows(report))
 
 
+def conversion_table(report: Conversion) -> Part:
+    """What a conversion did, in a few lines."""
+    carried = "losses and optimizer carried along" if report.training else "none carried along"
+    return _facts(
+        [
+            ("written", f"{report.output} ({human(report.bytes)})"),
+            ("from", f"{report.source}, written by {report.writer}"),
+            ("layers", f"{report.layers}, {report.parameters:,} parameters"),
+            ("training", carried),
+        ]
+    )
+
+
 def plan_table(report: Report) -> Part:
     """Every decision: role and method per layer, and the layer's name in each source."""
     labels = [f"in {printable(label)}" for label in report.plan.labels[1:]]
@@ -125,9 +139,38 @@ def inspection_view(found: Inspection) -> list[Part]:
     if found.hazards:
         parts.extend(["", Text("to know before merging or loading:")])
         parts.extend(_bullet(hazard) for hazard in found.hazards)
+    parts.extend(_age_parts(found))
     if found.merge is not None:
         parts.extend(_merge_parts(found.merge))
     return parts
+
+
+def _age_parts(found: Inspection) -> list[Part]:
+    """What current Keras makes of an old file, and whether a conversion helps."""
+    parts: list[Part] = []
+    for silent, head in ((False, "current Keras refuses this file:"), (True, "current Keras would compute otherwise:")):
+        items = [item for item in found.refused if item["silent"] is silent]
+        if items:
+            parts.extend(["", Text(head)])
+            parts.extend(_bullet(": ".join(filter(None, [item["reason"], _some(item["layers"])]))) for item in items)
+    if found.refused and not found.obstacles:
+        parts.extend(
+            ["", Text("kmerge convert writes it as a file that current Keras opens, and that computes the same.")]
+        )
+    elif found.refused:
+        parts.extend(["", Text("kmerge convert brings it to current Keras, but needs something for:")])
+        parts.extend(
+            _bullet(
+                f"'{item['layer']}' ({item['class_name']}), which {item['reason']}" if item["layer"] else item["reason"]
+            )
+            for item in found.obstacles
+        )
+    return parts
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
 
 
 def comparison_view(found: Comparison, paths: Sequence[str]) -> list[Part]:
