@@ -53,4 +53,7 @@ def open_dataset(data: Any, network: Any, labels: Any, **_: Any) -> Rows:
         x, y = data
         y = y if isinstance(y, dict) else {label: y for label in labels}
         return Rows((np.asarray(x),), {k: np.asarray(v) for k, v in y.items()}, description=f"{len(x)} rows")
+    if isinstance(data, dict):
+        arrays = [np.asarray(value) for value in data.values()]
+        return Rows(tuple(arrays), description=f"{len(arrays[0])} rows")
     return Rows((np.asarray(data),), description=f"{len(data)} rows")
