@@ -205,10 +205,10 @@ def _tensorflow_step(model: Any, data: Any) -> Any:
         rest = tf.add_n(extra) if extra else None
     none = tf.UnconnectedGradients.ZERO
     values = [variable.value for variable in variables]
-    rows = [[tf.convert_to_tensor(g) for g in tape.gradient(part, values, none)] for part in parts]
+    rows = [[tf.convert_to_tensor(g) for g in tape.gradient(part, values, unconnected_gradients=none)] for part in parts]
     gradients = model.combined(parts, rows)
     if rest is not None:
-        more = tape.gradient(rest, values, none)
+        more = tape.gradient(rest, values, unconnected_gradients=none)
         gradients = [one + tf.convert_to_tensor(two) for one, two in zip(gradients, more, strict=True)]
     del tape
     model.optimizer.apply(gradients, variables)
