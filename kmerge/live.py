@@ -177,7 +177,8 @@ def with_suffix(path: Path, model: Mapping[str, Any] | None, folder: Path) -> Pa
 
 
 def write_as_h5(
-    path: Path, target: Path, attribute: str | None, custom_objects: Mapping[str, Any] | None = None) -> None:
+    path: Path, target: Path, attribute: str | None, custom_objects: Mapping[str, Any] | None = None
+) -> None:
     """A `.keras` file as a Keras 3 `.h5` at `target`, with kmerge's facts in an attribute.
 
     Args:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kmerge import live
-from kmerge.calibration.inputs import entries
+from kmerge.data import entries
 from kmerge.errors import OutputError, PlanError
 from kmerge.graph import flatten
 from kmerge.layout import source_graph
@@ -111,7 +111,9 @@ def _teachers(
         )
     if not values:
         raise PlanError("The list of teachers is empty: give one source for each head, or none at all (None).")
-    found = dict(zip(names, (work.open_one(value, name) for name, value in zip(names, values, strict=True)), strict=True))
+    found = dict(
+        zip(names, (work.open_one(value, name) for name, value in zip(names, values, strict=True)), strict=True)
+    )
     for source in found.values():
         if source.graph is None:
             raise PlanError(f"'{source.name}' holds no graph, so it cannot teach: give a whole model.")

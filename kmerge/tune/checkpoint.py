@@ -95,7 +95,9 @@ def load_state(folder: Path, mark: str) -> State | None:
                 found = [file[f"{group}_{number}"] for number in range(len(dtypes))]
                 groups[group] = [_typed(array, dtype) for array, dtype in zip(found, dtypes, strict=True)]
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise FormatError(f"'{path}' is no checkpoint of kmerge ({error}): remove it, and start without --resume.") from error
+        raise FormatError(
+            f"'{path}' is no checkpoint of kmerge ({error}): remove it, and start without --resume."
+        ) from error
     if facts["mark"] != mark:
         raise PlanError(
             f"The checkpoint in '{folder}' is of another training: the model, the sources, the data or the settings "

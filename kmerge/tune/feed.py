@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from kmerge.data import Batch
 from kmerge.errors import DataError
 from kmerge.methods.registry import Array
-from kmerge.tune.rows import Batch
-from kmerge.tune.teachers import Dataset
+from kmerge.tune.teachers import Passes
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Part:
         rows: in one pass.
     """
 
-    data: Dataset
+    data: Passes
     heads: tuple[str, ...]
     share: int
     rows: int
@@ -71,7 +71,7 @@ class Part:
         return math.ceil(self.rows / self.share)
 
 
-def count_rows(data: Dataset) -> int:
+def count_rows(data: Passes) -> int:
     """How many rows a data set has, by a pass where it does not say."""
     return data.rows if data.rows is not None else sum(len(batch.inputs[0]) for batch in data.batches(256))
 
@@ -164,12 +164,3 @@ def _first(part: Part) -> Batch:
 
 def _seed(seed: int, part: int, number: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/feed/{part}/{number}".encode()).digest()[:6], "big")
-
-
-def labelled(parts: Mapping[str, Dataset], mix: Mapping[str, float] | None, size: int) -> list[Part]:
-    """A part for each head's own data."""
-    ratio = [float((mix or {}).get(label, 1.0)) for label in parts]
-    return [
-        Part(data, (label,), share, count_rows(data))
-        for (label, data), share in zip(parts.items(), shares(size, ratio), strict=True)
-    ]

@@ -10,13 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 ENTRYWISE = frozenset(
-    """MeanSquaredError MeanAbsoluteError MeanAbsolutePercentageError MeanSquaredLogarithmicError BinaryCrossentropy
-    BinaryFocalCrossentropy Hinge SquaredHinge Huber LogCosh Poisson""".split()
+    ["MeanSquaredError", "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredLogarithmicError", "BinaryCrossentropy", "BinaryFocalCrossentropy", "Hinge", "SquaredHinge", "Huber", "LogCosh", "Poisson"]
 )
 """Losses that are the mean over the entries of a row: each entry may be missing by itself."""
 OVER_CLASSES = frozenset(
-    """BinaryCrossentropy BinaryFocalCrossentropy CategoricalCrossentropy CategoricalFocalCrossentropy
-    SparseCategoricalCrossentropy""".split()
+    ["BinaryCrossentropy", "BinaryFocalCrossentropy", "CategoricalCrossentropy", "CategoricalFocalCrossentropy", "SparseCategoricalCrossentropy"]
 )
 """Losses for which −1 is no label."""
 EPSILON = 1e-7
@@ -182,6 +180,4 @@ def _classes() -> SimpleNamespace:
                 equal = ops.equal(ops.convert_to_tensor(y_true) >= 0, y_pred >= 0)
             return super().update_state(ops.cast(equal, "float32"), sample_weight=sample_weight)
 
-    return SimpleNamespace(
-        Masked=Masked, MaskedMetric=MaskedMetric, Distilled=Distilled, EqualDecisions=EqualDecisions
-    )
+    return SimpleNamespace(Masked=Masked, MaskedMetric=MaskedMetric, Distilled=Distilled, EqualDecisions=EqualDecisions)

@@ -18,9 +18,7 @@ _ACCURACY = {
 }
 
 
-def losses_of(
-    heads: Sequence[Head], given: Any, training: Mapping[str, Any], notes: list[str]
-) -> dict[str, Any]:
+def losses_of(heads: Sequence[Head], given: Any, training: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     """A Keras loss per head.
 
     Args:

@@ -205,7 +205,9 @@ def _tensorflow_step(model: Any, data: Any) -> Any:
         rest = tf.add_n(extra) if extra else None
     none = tf.UnconnectedGradients.ZERO
     values = [variable.value for variable in variables]
-    rows = [[tf.convert_to_tensor(g) for g in tape.gradient(part, values, unconnected_gradients=none)] for part in parts]
+    rows = [
+        [tf.convert_to_tensor(g) for g in tape.gradient(part, values, unconnected_gradients=none)] for part in parts
+    ]
     gradients = model.combined(parts, rows)
     if rest is not None:
         more = tape.gradient(rest, values, unconnected_gradients=none)

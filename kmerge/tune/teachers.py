@@ -10,12 +10,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from kmerge.calibration.inputs import generator
+from kmerge.data import Batch, generator
 from kmerge.errors import MergeError, PlanError
 from kmerge.live import one_line, quiet
 from kmerge.methods.registry import Array
 from kmerge.tune.heads import Head, ending_of, logits_of
-from kmerge.tune.rows import Batch
 
 BATCH = 256
 """Rows that teachers are run on at a time."""
@@ -23,8 +22,8 @@ SAMPLE = 2000
 """Rows from which the spread of a teacher's values is told."""
 
 
-class Dataset(Protocol):
-    """What kmerge.data opens."""
+class Passes(Protocol):
+    """What can be passed over again and again: a data set, or one with what was taught."""
 
     @property
     def rows(self) -> int | None: ...
@@ -33,8 +32,6 @@ class Dataset(Protocol):
     def description(self) -> str: ...
 
     def batches(self, size: int, seed: int | None = None, start: int = 0) -> Iterator[Batch]: ...
-
-    def split(self, share: float, seed: int) -> tuple[Any, Any]: ...
 
 
 def features_name(label: str) -> str:
@@ -68,9 +65,7 @@ class Teachers:
             for name, value in zip(names, listed, strict=True):
                 found[name] = np.asarray(value, np.float32)
                 if not np.isfinite(found[name]).all():
-                    raise MergeError(
-                        f"The source of '{name}' gives NaN or infinity: check the inputs and this source."
-                    )
+                    raise MergeError(f"The source of '{name}' gives NaN or infinity: check the inputs and this source.")
         return found
 
 
@@ -133,7 +128,7 @@ def _find(model: Any, name: str) -> Any:
     return None
 
 
-def spread(teachers: Teachers, data: Dataset, seed: int) -> dict[str, float]:
+def spread(teachers: Teachers, data: Passes, seed: int) -> dict[str, float]:
     """The variance of what the teachers give, each entry centred, on some rows."""
     rows: dict[str, list[Array]] = {}
     seen = 0
@@ -153,7 +148,7 @@ def spread(teachers: Teachers, data: Dataset, seed: int) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------- what they taught
 
 
-def taught(data: Dataset, teachers: Teachers, folder: Path, limit: int, seed: int) -> Dataset:
+def taught(data: Passes, teachers: Teachers, folder: Path, limit: int, seed: int) -> Passes:
     """Data with what the teachers give as targets.
 
     Where rows and targets fit into `limit` bytes, both are kept on disk, so that each pass may have an order of its
@@ -163,7 +158,7 @@ def taught(data: Dataset, teachers: Teachers, folder: Path, limit: int, seed: in
     return kept if kept is not None else Streamed(data, teachers, folder, limit, seed)
 
 
-def _keep(data: Dataset, teachers: Teachers, folder: Path, limit: int) -> Kept | None:
+def _keep(data: Passes, teachers: Teachers, folder: Path, limit: int) -> Kept | None:
     store = _Store(folder)
     try:
         for batch in data.batches(BATCH):
@@ -186,7 +181,7 @@ def _keep(data: Dataset, teachers: Teachers, folder: Path, limit: int) -> Kept |
     return Kept(inputs, {name: columns[name] for name in names}, data.description)
 
 
-def _in_memory(data: Dataset, teachers: Teachers) -> Kept:
+def _in_memory(data: Passes, teachers: Teachers) -> Kept:
     inputs: list[tuple[Array, ...]] = []
     values: list[dict[str, Array]] = []
     for batch in data.batches(BATCH):
@@ -217,9 +212,6 @@ class Kept:
                 {name: np.asarray(array[rows]) for name, array in self.targets.items()},
                 {},
             )
-
-    def split(self, share: float, seed: int) -> tuple[Any, Any]:
-        raise NotImplementedError  # what is held back is decided before anything is taught
 
 
 class _Store:
@@ -265,7 +257,7 @@ class _Store:
 class Streamed:
     """Data larger than the limit: passes in one order, so that what was taught can be found again."""
 
-    data: Dataset
+    data: Passes
     teachers: Teachers
     folder: Path
     limit: int
@@ -307,6 +299,3 @@ class Streamed:
                 self._store.append(values)
                 self._size += size
         return values
-
-    def split(self, share: float, seed: int) -> tuple[Any, Any]:
-        raise NotImplementedError  # what is held back is decided before anything is taught

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from kmerge.agreement import Agreement, measure_agreement, percent
-from kmerge.calibration.inputs import Entry
+from kmerge.data import Dataset, Entry, Reading, open_dataset, open_parts
 from kmerge.errors import MergeError, PlanError
 from kmerge.live import one_line, quiet
 from kmerge.methods.registry import Array
@@ -26,10 +26,9 @@ from kmerge.tune.losses import distilled_loss, equal_decisions, is_sparse, maske
 from kmerge.tune.moving import Plain, parts_of, rates, scaled_optimizer, set_moving
 from kmerge.tune.recorded import losses_of, metrics_of
 from kmerge.tune.result import Tuning
-from kmerge.tune.rows import open_dataset
 from kmerge.tune.settings import Settings
 from kmerge.tune.student import make_student
-from kmerge.tune.teachers import Dataset, features_name, make_teachers, spread, taught
+from kmerge.tune.teachers import Passes, make_teachers, spread, taught
 
 EPOCHS, BATCH, RATE = 20, 64, 1e-3
 TEMPERATURE = 2.0
@@ -117,19 +116,22 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------------------- data
 
-    def _opened(self, data: Any) -> dict[str, tuple[Dataset, Dataset | None]]:
+    def _opened(self, data: Any) -> dict[str, tuple[Passes, Passes | None]]:
         """Rows to learn from and rows that are held back, by label; "" for those of all heads."""
         labels = list(dict.fromkeys(head.label for head in self.heads))
-        names = {name for entry in self.subject.entries for name in entry.names}
-        apart = isinstance(data, Mapping) and bool(data) and set(map(str, data)) <= set(labels) - names
-        given = {str(key): value for key, value in data.items()} if apart else {"": data}
-        found = {}
-        for label, value in given.items():
-            heads = [head.name for head in self.heads if label in ("", head.label)]
-            opened: Dataset = open_dataset(value, self.subject.entries, heads)
-            share = self.settings.validation_split
-            found[label] = opened.split(share, self.settings.seed) if share else (opened, None)
-        return found
+        names = [head.name for head in self.heads]
+        entries, reading = self.subject.entries, Reading(targets=not self.healing)
+        inputs = {name for entry in entries for name in entry.names}
+        opened: dict[str, Dataset]
+        if isinstance(data, Mapping) and bool(data) and set(map(str, data)) <= set(labels) - inputs:
+            opened = {
+                str(label): open_dataset(value, entries, names, reading, f" of '{label}'")
+                for label, value in data.items()
+            }
+        else:
+            opened = {label or "": part for label, part in open_parts(data, entries, names, reading).items()}
+        share, seed = self.settings.validation_split, self.settings.seed
+        return {label: part.split(share, seed) if share else (part, None) for label, part in opened.items()}
 
     def _teachers(self, models: Mapping[str, Any]) -> Any:
         settings, ends = self.settings, self.subject.trunk_ends or {}
@@ -140,14 +142,15 @@ class _Run:
             )
         features = {label: ends[label] for label in models if label in ends} if settings.features else {}
         teachers = make_teachers(models, self.heads, self.shapes, features)
-        taught_sets = {}
+        taught_sets: dict[str, tuple[Passes, Passes | None]] = {}
         for number, (label, (train, held)) in enumerate(self.sets.items()):
-            parts = []
-            for name, part in (("train", train), ("held", held)):
-                place = self.folder / f"{name}_{number}"
-                parts.append(None if part is None else taught(part, teachers, place, settings.cache, settings.seed))
-            taught_sets[label] = (parts[0], parts[1])
-        self.sets = taught_sets  # type: ignore[assignment]
+            places = [self.folder / f"{name}_{number}" for name in ("train", "held")]
+            limit, seed = settings.cache, settings.seed
+            taught_sets[label] = (
+                taught(train, teachers, places[0], limit, seed),
+                None if held is None else taught(held, teachers, places[1], limit, seed),
+            )
+        self.sets = taught_sets
         return teachers
 
     # ---------------------------------------------------------------------------------------------------- the model
