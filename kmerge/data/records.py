@@ -171,9 +171,7 @@ class _Layout:
         except KmergeError:
             raise
         except Exception as error:
-            raise FormatError(
-                f"The records{where} are no tf.train.Example ({type(error).__name__}: {error})."
-            ) from error
+            raise FormatError(f"The records{where} are no tf.train.Example ({type(error).__name__}: {error}).") from error
         self.inputs: dict[int, str] = {}
         for name in found:
             if name in names.numbers:

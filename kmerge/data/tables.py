@@ -56,9 +56,7 @@ def open_table(files: Sequence[Path], name: str, names: Names, reading: Reading,
         FormatError: a file is damaged.
     """
     if not is_available():
-        raise DataError(
-            f"Tables such as {name} are read by pyarrow, which is not installed: pip install 'kmerge[data]'."
-        )
+        raise DataError(f"Tables such as {name} are read by pyarrow, which is not installed: pip install 'kmerge[data]'.")
     tables = [_Parquet(path) if path.open("rb").read(4) == _PARQUET else _Text(path) for path in files]
     return _opened(tables, name, names, reading, where)
 
@@ -317,8 +315,9 @@ class _Text(_Table):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with _readable(path.name), self._reader() as reader:
-            columns = _by_name(reader.schema, path.name)
+        with _readable(path.name):
+            with self._reader() as reader:
+                columns = _by_name(reader.schema, path.name)
         if columns and all(_is_number(name) for name in columns):
             raise DataError(
                 f"The first line of {path.name} holds numbers: expected names of columns, such as f0,f1,y, in the first line."
@@ -335,10 +334,10 @@ class _Text(_Table):
             first = stream.read(1 << 16).split(b"\n", 1)[0]
         delimiter = max(",;\t", key=lambda sign: first.count(sign.encode()))
         types = {name: arrow.float64() if self._types[name] else arrow.string() for name in wanted or ()}
-        convert = csv.ConvertOptions(
-            column_types=types, include_columns=list(wanted) if wanted else None, strings_can_be_null=True
+        convert = csv.ConvertOptions(column_types=types, include_columns=list(wanted) if wanted else None, strings_can_be_null=True)
+        return csv.open_csv(
+            self._path, parse_options=csv.ParseOptions(delimiter=delimiter), convert_options=convert
         )
-        return csv.open_csv(self._path, parse_options=csv.ParseOptions(delimiter=delimiter), convert_options=convert)
 
     def blocks(self, wanted: Sequence[str]) -> Iterator[Mapping[str, Any]]:
         with _readable(self._path.name), self._reader(wanted) as reader:
