@@ -381,14 +381,13 @@ class _Run:
         if course.done:
             return
         callbacks = [make_keeper(watch, course), *self._tensorboard(), *self.settings.callbacks]
-        stream = train.stream(course.step)
         try:
             epoch, within = divmod(course.step, watch.steps)
             if within:  # the rest of the epoch in which a training was interrupted
-                self._fit_epochs(stream, epoch, epoch + 1, watch.steps - within, callbacks)
+                self._fit_epochs(train, course, epoch, epoch + 1, watch.steps - within, callbacks)
                 epoch += 1
             if epoch < watch.epochs and not course.done:
-                self._fit_epochs(stream, epoch, watch.epochs, watch.steps, callbacks)
+                self._fit_epochs(train, course, epoch, watch.epochs, watch.steps, callbacks)
         except (KeyboardInterrupt, SystemExit, PlanError):
             raise
         except Exception as error:
@@ -396,7 +395,9 @@ class _Run:
                 raise
             raise MergeError(f"Keras cannot train the model: {one_line(error)}.") from error
 
-    def _fit_epochs(self, stream: Any, first: int, last: int, steps: int, callbacks: list[Any]) -> None:
+    def _fit_epochs(self, train: Feed, course: Course, first: int, last: int, steps: int, callbacks: list[Any]) -> None:
+        # Keras reads ahead, so that each fit begins a stream of its own.
+        stream = train.stream(course.step)
         settings = {"initial_epoch": first, "epochs": last, "steps_per_epoch": steps, "callbacks": callbacks}
         self.student.fit(stream, shuffle=False, verbose=0, **settings)
 
