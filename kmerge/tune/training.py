@@ -31,8 +31,13 @@ from kmerge.tune.settings import Settings
 from kmerge.tune.student import make_student
 from kmerge.tune.teachers import Passes, make_teachers, spread, taught
 
-EPOCHS, BATCH, RATE = 20, 64, 1e-3
-TEMPERATURE = 2.0
+EPOCHS, BATCH = 12, 64
+STEPS, MOST_EPOCHS = 1000, 100
+"""Fewer steps than these are made up for by more epochs."""
+RATE, GENTLE, PER_GAP = 1e-3, 2e-4, 2.5e-2
+"""The learning rate, what it is at least in healing, and how it grows with what agreement lacks: a good start is soon
+undone by large steps, and a bad one needs them."""
+TEMPERATURE = 4.0
 WARM = 0.05
 """Share of the steps in which the learning rate rises."""
 UNSEEN = 0.1
@@ -260,7 +265,7 @@ class _Run:
     def tuned(self) -> Tuning:
         settings, student = self.settings, self.student
         train, held = self._feeds()
-        epochs = settings.epochs or EPOCHS
+        epochs = settings.epochs or max(EPOCHS, min(MOST_EPOCHS, math.ceil(STEPS / train.steps)))
         variables = list(student.trainable_variables)
         mark = self._mark(train) if settings.checkpoints else ""
         state = load_state(settings.checkpoints, mark) if settings.resume and settings.checkpoints else None
@@ -272,13 +277,17 @@ class _Run:
             fits = self._steps_that_fit(train)
             total = min(total, fits) if settings.epochs else max(1, fits)
             epochs = math.ceil(total / train.steps)
-        optimizer = self._optimizer(total)
+        measure = self._measure(held)
+        self._compile(self._optimizer(total, RATE))
+        before, scores = measure()
+        rate = RATE
+        if self.healing:
+            rate = min(max(PER_GAP * (1 - scores["val_agreement"]), GENTLE), RATE)
+        optimizer = self._optimizer(total, rate)
         optimizer = scaled_optimizer(optimizer, variables, rates(self.parts, settings.trunk_rate, settings.layer_decay))
         self._compile(optimizer)
         assert [id(v) for v in student.trainable_variables] == [id(v) for v in variables]
         optimizer.build(variables)
-        measure = self._measure(held)
-        before, scores = measure()
         base = scores
         least = scores["val_agreement"] if self.healing else None
 
@@ -328,7 +337,7 @@ class _Run:
             feeds.append(Feed(parts, self.columns, self.subject.copies, settings.seed))
         return feeds[0], feeds[1]
 
-    def _optimizer(self, total: int) -> Any:
+    def _optimizer(self, total: int, usual: float) -> Any:
         import keras
 
         given, rate = self.settings.optimizer, self.settings.learning_rate
@@ -338,7 +347,7 @@ class _Run:
                 config["learning_rate"] = rate
             return type(given).from_config(config)
         warm = min(max(1, round(WARM * total)), total - 1) if total > 1 else 0
-        high = RATE if rate is None else rate
+        high = usual if rate is None else rate
         schedule = keras.optimizers.schedules.CosineDecay(
             high / 20 if warm else high,
             max(1, total - warm),
@@ -364,7 +373,7 @@ class _Run:
         """How many steps the time allows, from a few that are made and undone."""
         variables = self.student.variables
         kept = values_of(variables)
-        self._compile(self._optimizer(100))
+        self._compile(self._optimizer(100, RATE))
         stream = train.stream()
         for _ in range(3):
             self.student.train_on_batch(*next(stream))
