@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kmerge.version import __version__
 
 if TYPE_CHECKING:
-    from kmerge.api import combine, compare, inspect, merge_models
+    from kmerge.api import combine, compare, fine_tune, inspect, merge_models
     from kmerge.errors import (
         DataError,
         FormatError,
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kmerge.methods import METHODS
     from kmerge.plan import Plan
     from kmerge.report.facts import Report
+    from kmerge.tune import Tuning
 
 __all__ = [
     "METHODS",
@@ -41,20 +42,23 @@ __all__ = [
     "Plan",
     "PlanError",
     "Report",
+    "Tuning",
     "UnrelatedError",
     "UnsafeFileError",
     "__version__",
     "combine",
     "compare",
+    "fine_tune",
     "inspect",
     "merge_models",
 ]
 
 _HOMES = {
-    **dict.fromkeys(("combine", "compare", "inspect", "merge_models"), "kmerge.api"),
+    **dict.fromkeys(("combine", "compare", "fine_tune", "inspect", "merge_models"), "kmerge.api"),
     "METHODS": "kmerge.methods",
     "Plan": "kmerge.plan",
     "Report": "kmerge.report.facts",
+    "Tuning": "kmerge.tune",
 }
 
 
