@@ -54,7 +54,7 @@ def fine_tune_model(
             raise PlanError(f"'{source.name}' holds no graph, so it cannot be trained: give a whole model.")
         stored = live.facts_of(model) if live.is_model(model) else stored_merge(source)
         opened = _teachers(work, teachers, labels, stored)
-        target = _target(output, force, source)
+        target = checked_target(output, force, source)
         if target is not None:
             work.protect(target, None, data)
         known = work.custom_objects(custom_objects)
@@ -81,7 +81,7 @@ def fine_tune_model(
         if facts is not None:
             live.remember(tuned.model, facts)
         if target is not None:
-            _write(tuned.model, target, force, facts, work)
+            write_live(tuned.model, target, force, facts, work)
             tuned = replace(tuned, output=str(target))
     return tuned
 
@@ -128,7 +128,7 @@ def _subject(
     teachers: Mapping[str, Source],
     labels: Sequence[str] | None,
 ) -> Subject:
-    names = tuple(labels or (plan.labels if plan else teachers))
+    names = tuple(labels or ((*plan.labels, *added_labels(stored)) if plan else teachers))
     training: dict[str, Any] = {label: _own_training(source.training, label) for label in names}
     if plan:
         training |= {facts.label: facts.training for facts in plan.sources if facts.training is not None}
@@ -160,6 +160,16 @@ def _subject(
     return Subject(copy, wanted, copies, names, roles, training, ends, end)
 
 
+def added_labels(stored: Mapping[str, Any] | None) -> list[str]:
+    """Labels of the heads that were added to a merged model: sources of its layers that its plan does not know."""
+    if stored is None or not isinstance(stored.get("layers"), Mapping):
+        return []
+    sources = [
+        str(item["source"]) for item in stored["layers"].values() if isinstance(item, Mapping) and "source" in item
+    ]
+    return [label for label in dict.fromkeys(sources) if label not in Plan.from_dict(stored["plan"]).labels]
+
+
 class _Any(dict[str, Any]):
     """One training configuration for every head, by the name of its output."""
 
@@ -183,7 +193,12 @@ def _own_training(training: Any, label: str) -> Any:
     return found
 
 
-def _target(output: str | os.PathLike[str] | None, force: bool, source: Source) -> Path | None:
+def checked_target(output: str | os.PathLike[str] | None, force: bool, source: Source) -> Path | None:
+    """Where a live model is to be written; None for nowhere.
+
+    Raises:
+        OutputError: if it could not.
+    """
     if output is None:
         return None
     if not isinstance(output, (str, os.PathLike)):
@@ -202,7 +217,7 @@ def _facts(tuned: Tuning) -> dict[str, Any]:
     return {key: facts[key] for key in kept}
 
 
-def _write(model: Any, target: Path, force: bool, facts: Mapping[str, Any] | None, work: Workspace) -> None:
+def write_live(model: Any, target: Path, force: bool, facts: Mapping[str, Any] | None, work: Workspace) -> None:
     """The model as a file, whole or not at all, with the facts of its merge."""
     folder = work.subfolder()
     path = live.save_model(model, folder, "tuned")
