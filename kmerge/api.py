@@ -246,6 +246,7 @@ def fine_tune(
     cache: int = 4 << 30,
     checkpoints: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    every: float = 60.0,
     tensorboard: str | os.PathLike[str] | None = None,
     mixed_precision: bool = False,
     jit: bool | None = None,
@@ -292,6 +293,7 @@ def fine_tune(
         cache: bytes on disk for inputs and what the teachers give on them.
         checkpoints: folder for the state of the training; with `resume` it goes on from there, and ends with the same
             weights as without the interruption.
+        every: seconds between two checkpoints within an epoch; there is one at the end of each in any case.
         tensorboard: folder for TensorBoard's logs.
         mixed_precision: compute in bfloat16.
         jit: compile with XLA.
@@ -331,6 +333,7 @@ def fine_tune(
         cache=cache,
         checkpoints=None if checkpoints is None else Path(checkpoints),
         resume=resume,
+        every=every,
         tensorboard=None if tensorboard is None else Path(tensorboard),
         mixed_precision=mixed_precision,
         jit=jit,

@@ -3,12 +3,12 @@
 Nothing but click is imported until a command runs: help and completion answer at once.
 """
 
-from kmerge.cli import combine, look, program
+from kmerge.cli import combine, look, program, tune
 
 main = program.program
 """What the console script `kmerge` calls."""
 
-for command in (combine.combine, look.inspect, look.compare, look.methods, program.completion):
+for command in (combine.combine, tune.finetune, look.inspect, look.compare, look.methods, program.completion):
     main.add_command(command)
 
 __all__ = ["main"]

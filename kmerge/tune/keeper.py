@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from kmerge.methods.registry import Array
-from kmerge.progress import Progress
+from kmerge.progress import Progress, silent, tell
 from kmerge.tune.checkpoint import State, save_state
 
 Scores = dict[str, float]
@@ -44,7 +44,7 @@ class Watch:
     folder: Path | None = None
     every: float = 60.0
     mark: str = ""
-    progress: Progress = field(default=lambda done, total: None)
+    progress: Progress = silent
     say: Callable[[str], None] = field(default=lambda line: None)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -100,13 +100,16 @@ def _keeper_class() -> Any:
             super().__init__()
             self.watch, self.course = watch, course
             self.before = course.seconds
-            self.started = self.saved = time.monotonic()
+            self.started = self.saved = self.told = time.monotonic()
 
         def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
             watch, course = self.watch, self.course
             course.step += 1
             now = time.monotonic()
             course.seconds = self.before + now - self.started
+            if now - self.told >= 0.5:
+                self.told = now
+                tell(watch.progress, _short(logs or {}))
             watch.progress(course.step, watch.total)
             late = watch.deadline is not None and course.seconds >= watch.deadline
             if late or course.step >= watch.total:
@@ -162,3 +165,9 @@ def _keeper_class() -> Any:
 def _line(epoch: int, epochs: int, logs: Mapping[str, Any]) -> str:
     shown = [f"{name} {float(value):.4f}" for name, value in logs.items() if name != "val_score"]
     return f"epoch {epoch} of {epochs}: {', '.join(shown)}"
+
+
+def _short(logs: Mapping[str, Any]) -> str:
+    """What heads do, for the bar: their metrics, or their losses where they have none."""
+    measured = {name: value for name, value in logs.items() if not name.endswith("loss")}
+    return " ".join(f"{name} {float(value):.3f}" for name, value in (measured or logs).items())
