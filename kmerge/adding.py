@@ -160,8 +160,7 @@ def _parting(model: Any, outputs: Mapping[str, Any]) -> Any:
     if len(found) != 1:
         where = "nowhere" if not found else f"at {', '.join(sorted(ends))}"
         raise PlanError(
-            f"The heads of the model part {where}, not at one place: say where the new one "
-            "begins, with at=LAYER."
+            f"The heads of the model part {where}, not at one place: say where the new one begins, with at=LAYER."
         )
     if any(found.get(id(tensor)) is not None for tensor in model.inputs):
         raise PlanError("The heads of the model share no layer: say where the new one begins, with at=LAYER.")

@@ -119,7 +119,7 @@ def test_a_head_can_be_put_elsewhere(files: dict[str, Path], fixtures_dir: Path)
     separate = loaded(files["separate"])
     assert "is called 3 times: say which call" in refused(separate, 3, at=conv)
     grown = kmerge.add_head(separate, 3, "new", at=(conv, 1))
-    given = {name: X.reshape(5, 8, 8, 1) for name in grown.input}
+    given = [X.reshape(5, 8, 8, 1)] * 3
     assert outputs(grown, given)["new"].shape == (5, 3)
 
 
