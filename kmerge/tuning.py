@@ -66,7 +66,7 @@ def fine_tune_model(
             path = live.with_suffix(of.files[0] if own else of.path or of.files[0], of.model, work.subfolder())
             return live.load_model(path, f"'{of.name}'", known, own)
 
-        plan = Plan.from_dict(stored["plan"]) if stored else None
+        plan = Plan.from_dict(stored["plan"]) if stored is not None else None
         subject = _subject(lambda: copy(source), source, stored, plan, opened, labels)
         synthetic = data is None
         if synthetic:
@@ -120,6 +120,12 @@ def _teachers(
     return {label: found[label] for label in known or names}
 
 
+def _calibrated(plan: Plan | None) -> tuple[int, int] | None:
+    """Rows and seed of a calibration on given inputs."""
+    facts = plan.calibration if plan else None
+    return None if plan is None or facts is None or facts.synthetic or not facts.rows else (facts.rows, plan.seed)
+
+
 def _subject(
     copy: Any,
     source: Source,
@@ -141,7 +147,7 @@ def _subject(
         first = next(iter(teachers.values()), None)
         each = len(flatten(source_graph(first).inputs)) if first else len(wanted) // max(len(plan.labels), 1)
         if each and len(wanted) == each * len(plan.labels):
-            copies, own = len(plan.labels), entries(first) if first else wanted[:each]
+            copies, own = len(plan.labels), entries(first) if first is not None else wanted[:each]
             wanted = tuple(
                 replace(entry, names=entry.names | other.names | {f"x{n}"} | ({"x"} if each == 1 else set()))
                 for n, (entry, other) in enumerate(zip(own, wanted[:each], strict=True))
@@ -157,7 +163,7 @@ def _subject(
         if shared:
             end = shared[-1].name
             ends = {label: str(name) for label, name in zip(plan.labels, shared[-1].layers, strict=True)}
-    return Subject(copy, wanted, copies, names, roles, training, ends, end)
+    return Subject(copy, wanted, copies, names, roles, training, ends, end, _calibrated(plan))
 
 
 def added_labels(stored: Mapping[str, Any] | None) -> list[str]:
@@ -188,8 +194,9 @@ def _own_training(training: Any, label: str) -> Any:
     found = {}
     for key in ("loss", "metrics"):
         value = training.get(key)
-        by_name = isinstance(value, Mapping) and "class_name" not in value
-        found[key] = value.get(label) if by_name else value
+        found[key] = value
+        if isinstance(value, Mapping) and "class_name" not in value:
+            found[key] = value.get(label)
     return found
 
 

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 import kmerge
 from kmerge.data import Entry, open_dataset
+from kmerge.data import generator as kmerge_generator
 from kmerge.tune.checkpoint import NAME, State, load_state, save_state
 from kmerge.tune.feed import Column, Feed, Part, shares
 from kmerge.tune.losses import distilled_loss, masked_loss, masked_metric
@@ -148,6 +149,20 @@ def test_a_stream_goes_on_where_it_was() -> None:
         assert [next(later)[0].tolist() for _ in range(14 - step)] == whole[step:]
 
 
+def test_what_a_merge_was_fitted_to_is_not_held_back() -> None:
+    from kmerge.calibration.inputs import Inputs
+    from kmerge.tune.training import _split_apart
+
+    entry = (Entry("x", frozenset({"x"}), (None, 1), "float32"),)
+    data = open_dataset(np.arange(100, dtype=np.float32)[:, None], entry, ["a"])
+    arrays, _ = data.draw(60, kmerge_generator(7, "rows"))
+    fitted, _ = Inputs(arrays, np.full(60, -1)).split(0.1, 7)
+    train, held = (next(part.batches(200)).inputs[0].ravel() for part in _split_apart(data, 0.3, 0, 60, 7))
+    assert len(held) == 30
+    assert not set(held) & set(fitted.arrays[0].ravel())
+    assert sorted([*train, *held]) == list(range(100))
+
+
 # ------------------------------------------------------------------------------------------------------------ healing
 
 
@@ -172,7 +187,8 @@ def test_healing_wins_back_and_changes_nothing_that_is_given(
 def test_healing_never_hands_back_less_than_it_was_given(folder: Path, fixtures_dir: Path, inputs: Array) -> None:
     model = load(folder / "merged.keras")
     given = weights(model)
-    tuning = kmerge.fine_tune(model, inputs, list(paths(fixtures_dir).values()), epochs=1, learning_rate=100.0, labels=LABELS)
+    sources = list(paths(fixtures_dir).values())
+    tuning = kmerge.fine_tune(model, inputs, sources, epochs=1, learning_rate=100.0, labels=LABELS)
     assert tuning.epoch == 0
     assert any("handed back" in text for text in tuning.warnings)
     assert all(np.array_equal(a, b) for a, b in zip(given, weights(tuning.model), strict=True))
@@ -205,7 +221,7 @@ def test_sources_that_do_not_fit_are_refused(folder: Path, fixtures_dir: Path, i
         kmerge.fine_tune(folder / "merged.keras", inputs, {"a": own["a"], "b": own["b"]})
     with pytest.raises(kmerge.PlanError, match="nothing to learn from"):
         kmerge.fine_tune(folder / "merged.keras")
-    with pytest.raises(kmerge.PlanError, match="gives .* per row"):
+    with pytest.raises(kmerge.PlanError, match=r"gives .* per row"):
         kmerge.fine_tune(folder / "merged.keras", inputs, {"a": own["b"], "b": own["a"], "c": own["c"]})
 
 
@@ -322,7 +338,8 @@ def test_gradnorm_favours_the_head_whose_gradient_is_small() -> None:
     losses = {name: masked_loss(keras.losses.MeanSquaredError()) for name in "ab"}
     made: Any = {"plain": None, "losses": losses, "weights": {}, "weighting": "gradnorm"}
     student = make_student([x], outputs, **made)
-    rows = [[np.full(variable.shape, size, np.float32) for variable in student.trainable_weights] for size in (1.0, 4.0)]
+    shapes = [variable.shape for variable in student.trainable_weights]
+    rows = [[np.full(shape, size, np.float32) for shape in shapes] for size in (1.0, 4.0)]
     student.combined([np.float32(1), np.float32(1)], rows)
     small, large = student.balance.numpy()
     assert small > 1 > large
@@ -345,7 +362,7 @@ def test_statistics_stay_in_healing_and_move_in_training(fixtures_dir: Path, tmp
     given = merged.get_layer("norm").get_weights()
     healed = kmerge.fine_tune(merged, x, sources, epochs=6, learning_rate=0.02)
     assert healed.epoch > 0
-    scale, offset, *statistics = healed.model.get_layer("norm").get_weights()
+    scale, _, *statistics = healed.model.get_layer("norm").get_weights()
     assert not np.array_equal(scale, given[0])
     assert all(np.array_equal(a, b) for a, b in zip(statistics, given[2:], strict=True))
     y = (x[:, :2] > 2).astype(np.float32)
@@ -373,7 +390,8 @@ def test_losses_and_metrics_are_those_of_the_sources() -> None:
         "Huber",
         "BinaryCrossentropy",
     ]
-    assert losses["b"].get_config()["delta"] == 2.0
+    # Half the squared difference up to delta, as in the paper of the loss: 2 · (6 − 1).
+    assert float(losses["b"](np.array([[6.0]]), np.array([[0.0]]))) == pytest.approx(10.0)
     assert len(notes) == 1
     metrics = metrics_of(heads, None, training, losses)
     assert [[type(m).__name__ for m in items] for items in metrics.values()] == [

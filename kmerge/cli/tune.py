@@ -222,9 +222,7 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
     help="Share of the rows that is held back, on which the best state is found.",
 )
 @click.option("--patience", type=click.IntRange(min=1), metavar="N", help="End after N epochs without a better state.")
-@click.option(
-    "--samples", type=click.IntRange(min=8), metavar="N", help="How many inputs to make up.  [default: 4000]"
-)
+@click.option("--samples", type=click.IntRange(min=8), metavar="N", help="How many inputs to make up.  [default: 4000]")
 @click.option(
     "--cache",
     type=click.IntRange(min=0),

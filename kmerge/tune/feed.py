@@ -143,8 +143,8 @@ class Feed:
                 given = batch.weights.get(column.name) if own else None
                 sums.append(np.ones(count, np.float32) if given is None else np.asarray(given, np.float32))
             labels[column.name], weights[column.name] = _stacked(found), np.concatenate(sums)
-        given = inputs * self.copies
-        x = given[0] if len(given) == 1 else tuple(given)
+        repeated = inputs * self.copies
+        x = repeated[0] if len(repeated) == 1 else tuple(repeated)
         return (x, labels, weights) if self.weighted else (x, labels)
 
 

@@ -10,14 +10,19 @@ from types import SimpleNamespace
 from typing import Any
 
 ENTRYWISE = frozenset(
-    ["MeanSquaredError", "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredLogarithmicError", "BinaryCrossentropy", "BinaryFocalCrossentropy", "Hinge", "SquaredHinge", "Huber", "LogCosh", "Poisson"]
+    {
+        *("MeanSquaredError", "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredLogarithmicError"),
+        *("BinaryCrossentropy", "BinaryFocalCrossentropy", "Hinge", "SquaredHinge", "Huber", "LogCosh", "Poisson"),
+    }
 )
 """Losses that are the mean over the entries of a row: each entry may be missing by itself."""
 OVER_CLASSES = frozenset(
-    ["BinaryCrossentropy", "BinaryFocalCrossentropy", "CategoricalCrossentropy", "CategoricalFocalCrossentropy", "SparseCategoricalCrossentropy"]
+    {
+        *("BinaryCrossentropy", "BinaryFocalCrossentropy"),
+        *("CategoricalCrossentropy", "CategoricalFocalCrossentropy", "SparseCategoricalCrossentropy"),
+    }
 )
 """Losses for which −1 is no label."""
-EPSILON = 1e-7
 
 
 def masked_loss(inner: Any) -> Any:

@@ -169,13 +169,13 @@ def scaled_optimizer(optimizer: Any, variables: Sequence[Any], factors: Mapping[
     if not factors:
         return optimizer
     by_place = [factors.get(variable.path, 1.0) for variable in variables]
-    kind = type(optimizer)
+    kind: Any = type(optimizer)
 
     def update_step(self: Any, gradient: Any, variable: Any, learning_rate: Any) -> Any:
         factor = by_place[self._get_variable_index(variable)]
         return kind.update_step(self, gradient, variable, learning_rate * factor)
 
-    scaled = type(f"Scaled{kind.__name__}", (kind,), {"update_step": update_step})
+    scaled: Any = type(f"Scaled{kind.__name__}", (kind,), {"update_step": update_step})
     made = scaled.from_config(optimizer.get_config())
     made.build(list(variables))
     return made

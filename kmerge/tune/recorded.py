@@ -42,7 +42,7 @@ def losses_of(heads: Sequence[Head], given: Any, training: Mapping[str, Any], no
             name = {"softmax": "sparse_categorical_crossentropy", "sigmoid": "binary_crossentropy"}.get(head.ending)
             loss = _loss(name or "mean_squared_error", head.name)
             notes.append(
-                f"'{head.name}' has no loss that its source was trained with, and takes {loss.name}: --loss says another"
+                f"'{head.name}' has no loss that its source was trained with, and takes {loss.name}: --loss says others"
             )
         found[head.name] = loss
     return found
@@ -78,7 +78,7 @@ def _by_head(heads: Sequence[Head], given: Any, what: str) -> dict[str, Any]:
         return {}
     if not isinstance(given, Mapping):
         return {head.name: given for head in heads}
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in given.items():
         own = [head.name for head in heads if key in (head.name, head.label)]
         if not own:

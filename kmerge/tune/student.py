@@ -69,7 +69,8 @@ def _student_class() -> Any:
             self.head_losses, self.head_weights = losses, weights
             self.weighting, self.halves, self.fixed = weighting, halves, fixed
             self.loss_trackers = {name: keras.metrics.Mean(name=f"{name}_loss") for name in losses}
-            self.balance = self.first = None
+            self.balance: Any = None
+            self.first: Any = None
             if weighting in ("uncertainty", "gradnorm"):
                 start = "zeros" if weighting == "uncertainty" else "ones"
                 own = weighting == "uncertainty"
@@ -138,9 +139,13 @@ def _student_class() -> Any:
                 rows: gradients of each head, per trainable variable.
             """
             if self.weighting == "pcgrad":
-                return self._projected([[self.head_weights[n] * g for g in r] for n, r in zip(self.head_losses, rows)])
+                return self._projected(
+                    [[self.head_weights[n] * g for g in r] for n, r in zip(self.head_losses, rows, strict=True)]
+                )
             factors = [self.balance[number] for number in range(len(parts))]
-            gradients = [_sum([f * g for f, g in zip(factors, column)]) for column in zip(*rows, strict=True)]
+            gradients = [
+                _sum([f * g for f, g in zip(factors, column, strict=True)]) for column in zip(*rows, strict=True)
+            ]
             self._rebalance(parts, rows)
             return gradients
 
@@ -180,7 +185,8 @@ def _student_class() -> Any:
         def train_step(self, *given: Any) -> Any:
             if self.weighting not in ("gradnorm", "pcgrad"):
                 return super().train_step(*given)
-            return _STEPS[keras.backend.backend()](self, *given)
+            step: Any = _STEPS[keras.backend.backend()]
+            return step(self, *given)
 
     return Student
 

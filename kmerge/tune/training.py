@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from kmerge.agreement import Agreement, measure_agreement, percent
-from kmerge.data import Dataset, Entry, Reading, open_dataset, open_parts
+from kmerge.data import Dataset, Entry, Reading, generator, open_dataset, open_parts
+from kmerge.data.dataset import Indexed
 from kmerge.errors import MergeError, PlanError
 from kmerge.live import one_line, quiet
 from kmerge.methods.registry import Array
@@ -34,6 +35,8 @@ EPOCHS, BATCH, RATE = 20, 64, 1e-3
 TEMPERATURE = 2.0
 WARM = 0.05
 """Share of the steps in which the learning rate rises."""
+UNSEEN = 0.1
+"""Share of calibration inputs that a merge is not fitted to, as `kmerge.fuse` draws them."""
 CHECKED = 2000
 """Training rows on which agreement is measured where none are held back."""
 
@@ -60,6 +63,8 @@ class Subject:
     training: Mapping[str, Any] | None = None
     trunk_ends: Mapping[str, str] | None = None
     trunk_end: str = ""
+    calibrated: tuple[int, int] | None = None
+    """Rows and seed of the calibration of a merge, where its inputs were given."""
 
 
 def tune(
@@ -111,7 +116,7 @@ class _Run:
         self.shapes = [tuple(tensor.shape) for tensor in self.net.outputs]
         self.parts = parts_of(self.net, subject.roles)
         self.sets = self._opened(data)
-        self.teachers = self._teachers(teachers) if self.healing else None
+        self.teachers: Any = self._teachers(teachers) if self.healing else None
         self.student = self._student()
 
     # ------------------------------------------------------------------------------------------------------- data
@@ -130,7 +135,9 @@ class _Run:
             }
         else:
             opened = {label or "": part for label, part in open_parts(data, entries, names, reading).items()}
-        share, seed = self.settings.validation_split, self.settings.seed
+        share, seed, drawn = self.settings.validation_split, self.settings.seed, self.subject.calibrated
+        if share and drawn and list(opened) == [""] and isinstance(whole := opened[""], Indexed):
+            return {"": _split_apart(whole, share, seed, *drawn)}
         return {label: part.split(share, seed) if share else (part, None) for label, part in opened.items()}
 
     def _teachers(self, models: Mapping[str, Any]) -> Any:
@@ -294,13 +301,13 @@ class _Run:
         )
         course = Course(best_score=self._scored(scores, base)["val_score"] if self.healing else math.inf)
         if state is not None:
-            course = replace(course, **state.facts["course"], best=state.groups["best"] or None)
+            course = replace(course, **state.facts["course"], best=list(state.groups["best"]) or None)
             put_values(student.variables, state.groups["model"])
             put_values(optimizer.variables, state.groups["optimizer"])
         elif settings.checkpoints is not None:
             forget(settings.checkpoints)
         self._fit(train, watch, course)
-        return self._result(course, before, scores, measure, base)
+        return self._result(course, before, scores, measure)
 
     def _feeds(self) -> tuple[Feed, Feed]:
         settings = self.settings
@@ -390,9 +397,8 @@ class _Run:
             raise MergeError(f"Keras cannot train the model: {one_line(error)}.") from error
 
     def _fit_epochs(self, stream: Any, first: int, last: int, steps: int, callbacks: list[Any]) -> None:
-        self.student.fit(
-            stream, initial_epoch=first, epochs=last, steps_per_epoch=steps, callbacks=callbacks, verbose=0
-        )
+        settings = {"initial_epoch": first, "epochs": last, "steps_per_epoch": steps, "callbacks": callbacks}
+        self.student.fit(stream, shuffle=False, verbose=0, **settings)
 
     def _tensorboard(self) -> list[Any]:
         if self.settings.tensorboard is None:
@@ -461,8 +467,7 @@ class _Run:
 
     # ------------------------------------------------------------------------------------------------------ the end
 
-    def _result(self, course: Course, before: Any, scores: Any, measure: Any, base: Any) -> Tuning:
-        settings = self.settings
+    def _result(self, course: Course, before: Any, scores: Any, measure: Any) -> Tuning:
         warnings = []
         if course.best is not None:
             put_values(self.student.variables, course.best)
@@ -502,6 +507,27 @@ class _Run:
             warnings=tuple(warnings),
             notes=tuple(self.notes),
         )
+
+
+def _split_apart(
+    data: Indexed, share: float, seed: int, calibrated: int, seed_of_merge: int
+) -> tuple[Indexed, Indexed]:
+    """Held back are rows that the merge was not fitted to, if it was made with the same data: on rows that it was, it
+    would look better than it is, and so better than what comes of the training.
+    """
+    rows = data.rows
+    free = np.ones(rows, bool)
+    if calibrated <= rows:
+        drawn = np.arange(rows)
+        if calibrated < rows:
+            drawn = np.sort(generator(seed_of_merge, "rows").choice(rows, calibrated, replace=False))
+        unseen = min(max(round(UNSEEN * calibrated), 1), calibrated - 1)
+        fitted = generator(seed_of_merge, "split").permutation(calibrated)[unseen:]
+        free[drawn[fitted]] = False
+    count = min(max(round(share * rows), 1), rows - 1, int(free.sum()))
+    held = np.zeros(rows, bool)
+    held[generator(seed, "held back").permutation(np.flatnonzero(free))[:count]] = True
+    return replace(data, chosen=np.flatnonzero(~held)), replace(data, chosen=np.flatnonzero(held))
 
 
 def _agreement(head: Head, theirs: Array, mine: Array, synthetic: bool) -> Agreement:
