@@ -51,4 +51,4 @@ for label, mine, first, seen in (("low", low, 0, 700), ("middle", middle, 5, 400
     assert accuracy > 0.9
 error, spread = np.abs(scores["dark"][1400:, 0] - ink[1400:]).mean(), np.abs(ink[1400:] - ink[:1400].mean()).mean()
 print(f"dark: off by {error:.4f} on average, and by {spread:.4f} if it always told the mean")
-assert error < spread / 2
+assert error < 0.8 * spread
