@@ -23,6 +23,7 @@ from kmerge.rules import unique_labels
 from kmerge.source import Source, stem
 from kmerge.store.target import check_target, copy_file
 from kmerge.tune import Settings, Subject, Tuning, check_settings, tune
+from kmerge.tune.processes import processes
 from kmerge.workspace import Sources, Workspace, family, listed
 
 ROWS = 4000
@@ -75,13 +76,15 @@ def fine_tune_model(
             made = synthesise(list(opened.values()), settings.samples or ROWS, settings.seed)
             names = [entry.name for entry in subject.entries]
             data = dict(zip(names, made.arrays, strict=True))
-        masters = {label: copy(teacher) for label, teacher in opened.items()}
+        several = processes()
+        with several.alone():
+            masters = {label: copy(teacher) for label, teacher in opened.items()}
         tuned = tune(subject, data, masters, settings, work.subfolder(), in_steps(progress, "training"), synthetic)
         facts = None if stored is None else {**stored, "tuning": _facts(tuned)}
         if facts is not None:
             live.remember(tuned.model, facts)
         if target is not None:
-            write_live(tuned.model, target, force, facts, work)
+            write_live(tuned.model, target, force, facts, work, several.is_first)
             tuned = replace(tuned, output=str(target))
     return tuned
 
@@ -224,7 +227,9 @@ def _facts(tuned: Tuning) -> dict[str, Any]:
     return {key: facts[key] for key in kept}
 
 
-def write_live(model: Any, target: Path, force: bool, facts: Mapping[str, Any] | None, work: Workspace) -> None:
+def write_live(
+    model: Any, target: Path, force: bool, facts: Mapping[str, Any] | None, work: Workspace, place: bool = True
+) -> None:
     """The model as a file, whole or not at all, with the facts of its merge."""
     folder = work.subfolder()
     path = live.save_model(model, folder, "tuned")
@@ -234,7 +239,8 @@ def write_live(model: Any, target: Path, force: bool, facts: Mapping[str, Any] |
         path = old
     elif facts is not None:
         path = _with_facts(path, facts)
-    copy_file(path, target.absolute(), force)
+    if place:
+        copy_file(path, target.absolute(), force)
 
 
 def _with_facts(path: Path, facts: Mapping[str, Any]) -> Path:
