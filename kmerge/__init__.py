@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kmerge.version import __version__
 
 if TYPE_CHECKING:
-    from kmerge.api import combine, compare, fine_tune, inspect, merge_models
+    from kmerge.api import add_head, combine, compare, fine_tune, inspect, merge_models
     from kmerge.errors import (
         DataError,
         FormatError,
@@ -46,6 +46,7 @@ __all__ = [
     "UnrelatedError",
     "UnsafeFileError",
     "__version__",
+    "add_head",
     "combine",
     "compare",
     "fine_tune",
@@ -54,7 +55,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    **dict.fromkeys(("combine", "compare", "fine_tune", "inspect", "merge_models"), "kmerge.api"),
+    **dict.fromkeys(("add_head", "combine", "compare", "fine_tune", "inspect", "merge_models"), "kmerge.api"),
     "METHODS": "kmerge.methods",
     "Plan": "kmerge.plan",
     "Report": "kmerge.report.facts",

@@ -1,4 +1,4 @@
-"""What scripts call: `combine`, `merge_models`, `fine_tune`, `inspect`, `compare`."""
+"""What scripts call: `combine`, `merge_models`, `fine_tune`, `add_head`, `inspect`, `compare`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kmerge import live
+from kmerge.adding import add_head_to
 from kmerge.agreement import warnings
 from kmerge.errors import PlanError
 from kmerge.job import check_output, prepare, shared_places, write
@@ -357,6 +358,40 @@ def fine_tune(
         for text in (*tuning.warnings, *tuning.notes):
             logging.getLogger("kmerge").warning(text)
     return tuning
+
+
+def add_head(
+    model: Any,
+    head: Any,
+    label: str,
+    *,
+    at: str | tuple[str, int] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    custom_objects: Mapping[str, Any] | None = None,
+    force: bool = False,
+) -> Any:
+    """A model with one more head on its trunk; all that was there stays as it is, and the new head is still to learn.
+
+    Args:
+        model: path of a model, or a live `keras.Model`, merged or not; it is not changed.
+        head: how many classes the new head tells apart (1 for yes or no), which makes a Dense layer with a softmax
+            (sigmoid), behind a global average where the trunk ends in places; or a Keras layer, or a model with one
+            input and one output, of which a copy is taken with its weights.
+        label: of the new head; its output stands under this name in the dictionary of outputs.
+        at: layer whose output the head reads, and where that is called several times, which call, counted from 0; by
+            default where the heads that are there part.
+        output: where to write the result (`.keras` or `.h5`), with the facts of the merge.
+        custom_objects: classes of custom layers, as for `keras.saving.load_model`.
+        force: replace an existing output.
+
+    Returns:
+        An ordinary `keras.Model`, not compiled, with a dictionary of outputs by label.
+
+    Raises:
+        PlanError: the label or a name is taken, or there is no single place where the heads part.
+        KmergeError: with what happened and how to go on.
+    """
+    return add_head_to(model, head, label, at=at, output=output, force=force, custom_objects=custom_objects)
 
 
 def inspect(path: str | os.PathLike[str]) -> Inspection:

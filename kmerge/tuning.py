@@ -23,6 +23,7 @@ from kmerge.rules import unique_labels
 from kmerge.source import Source, stem
 from kmerge.store.target import check_target, copy_file
 from kmerge.tune import Settings, Subject, Tuning, check_settings, tune
+from kmerge.tune.processes import processes
 from kmerge.workspace import Sources, Workspace, family, listed
 
 ROWS = 4000
@@ -54,7 +55,7 @@ def fine_tune_model(
             raise PlanError(f"'{source.name}' holds no graph, so it cannot be trained: give a whole model.")
         stored = live.facts_of(model) if live.is_model(model) else stored_merge(source)
         opened = _teachers(work, teachers, labels, stored)
-        target = _target(output, force, source)
+        target = checked_target(output, force, source)
         if target is not None:
             work.protect(target, None, data)
         known = work.custom_objects(custom_objects)
@@ -75,13 +76,15 @@ def fine_tune_model(
             made = synthesise(list(opened.values()), settings.samples or ROWS, settings.seed)
             names = [entry.name for entry in subject.entries]
             data = dict(zip(names, made.arrays, strict=True))
-        masters = {label: copy(teacher) for label, teacher in opened.items()}
+        several = processes()
+        with several.alone():
+            masters = {label: copy(teacher) for label, teacher in opened.items()}
         tuned = tune(subject, data, masters, settings, work.subfolder(), in_steps(progress, "training"), synthetic)
         facts = None if stored is None else {**stored, "tuning": _facts(tuned)}
         if facts is not None:
             live.remember(tuned.model, facts)
         if target is not None:
-            _write(tuned.model, target, force, facts, work)
+            write_live(tuned.model, target, force, facts, work, several.is_first)
             tuned = replace(tuned, output=str(target))
     return tuned
 
@@ -134,7 +137,7 @@ def _subject(
     teachers: Mapping[str, Source],
     labels: Sequence[str] | None,
 ) -> Subject:
-    names = tuple(labels or (plan.labels if plan else teachers))
+    names = tuple(labels or ((*plan.labels, *added_labels(stored)) if plan else teachers))
     training: dict[str, Any] = {label: _own_training(source.training, label) for label in names}
     if plan:
         training |= {facts.label: facts.training for facts in plan.sources if facts.training is not None}
@@ -166,6 +169,16 @@ def _subject(
     return Subject(copy, wanted, copies, names, roles, training, ends, end, _calibrated(plan))
 
 
+def added_labels(stored: Mapping[str, Any] | None) -> list[str]:
+    """Labels of the heads that were added to a merged model: sources of its layers that its plan does not know."""
+    if stored is None or not isinstance(stored.get("layers"), Mapping):
+        return []
+    sources = [
+        str(item["source"]) for item in stored["layers"].values() if isinstance(item, Mapping) and "source" in item
+    ]
+    return [label for label in dict.fromkeys(sources) if label not in Plan.from_dict(stored["plan"]).labels]
+
+
 class _Any(dict[str, Any]):
     """One training configuration for every head, by the name of its output."""
 
@@ -190,7 +203,12 @@ def _own_training(training: Any, label: str) -> Any:
     return found
 
 
-def _target(output: str | os.PathLike[str] | None, force: bool, source: Source) -> Path | None:
+def checked_target(output: str | os.PathLike[str] | None, force: bool, source: Source) -> Path | None:
+    """Where a live model is to be written; None for nowhere.
+
+    Raises:
+        OutputError: if it could not.
+    """
     if output is None:
         return None
     if not isinstance(output, (str, os.PathLike)):
@@ -209,7 +227,9 @@ def _facts(tuned: Tuning) -> dict[str, Any]:
     return {key: facts[key] for key in kept}
 
 
-def _write(model: Any, target: Path, force: bool, facts: Mapping[str, Any] | None, work: Workspace) -> None:
+def write_live(
+    model: Any, target: Path, force: bool, facts: Mapping[str, Any] | None, work: Workspace, place: bool = True
+) -> None:
     """The model as a file, whole or not at all, with the facts of its merge."""
     folder = work.subfolder()
     path = live.save_model(model, folder, "tuned")
@@ -219,7 +239,8 @@ def _write(model: Any, target: Path, force: bool, facts: Mapping[str, Any] | Non
         path = old
     elif facts is not None:
         path = _with_facts(path, facts)
-    copy_file(path, target.absolute(), force)
+    if place:
+        copy_file(path, target.absolute(), force)
 
 
 def _with_facts(path: Path, facts: Mapping[str, Any]) -> Path:

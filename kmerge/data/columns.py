@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 
@@ -92,18 +92,17 @@ class Member(Column):
         what = f"'{self.name}' in {self.path.name}"
         with _opened(self.path) as archive, archive.open(f"{self.name}.npy") as file:
             shape, fortran, dtype = _header(file, what)
-            order, nbytes = "F" if fortran else "C", math.prod(shape) * dtype.itemsize
+            order: Literal["C", "F"] = "F" if fortran else "C"
+            nbytes = math.prod(shape) * dtype.itemsize
             if not nbytes:
                 return Held(shape, np.zeros(0, dtype))
             item = archive.getinfo(f"{self.name}.npy")
-            missing = nbytes - (item.file_size - file.tell())
-            if missing > 0:
-                raise FormatError(f"{what} is cut short: {missing:,} bytes are missing. Write it again.")
             if item.compress_type == zipfile.ZIP_STORED and not item.flag_bits & 1:
                 start = _start(self.path, item, what) + file.tell()
-                return Held(shape, np.memmap(self.path, dtype, "r", start, shape, order))  # type: ignore[call-overload]
+                return Held(shape, np.memmap(self.path, dtype, "r", start, shape, order))
             if nbytes <= _IN_MEMORY:
-                return Held(shape, np.ndarray(shape, dtype, _read(file, nbytes, what), order=order))  # type: ignore[call-overload]
+                whole = np.frombuffer(_read(file, nbytes, what), dtype)
+                return Held(shape, whole.reshape(shape, order=order))
             free = shutil.disk_usage(tempfile.gettempdir()).free
             if nbytes > free:
                 raise DataError(
@@ -114,7 +113,22 @@ class Member(Column):
                 for begin in range(0, nbytes, BLOCK):
                     copy.write(_read(file, min(BLOCK, nbytes - begin), what))
                 copy.flush()
-                return Held(shape, np.memmap(copy, dtype, "r", 0, shape, order))  # type: ignore[call-overload]
+                return Held(shape, np.memmap(copy, dtype, "r", 0, shape, order))
+
+
+def _check_size(item: zipfile.ZipInfo, expected: int, path: Path, what: str) -> None:
+    """Hold what a header tells against the zip, and what the zip tells against what Deflate can do.
+
+    Raises:
+        FormatError: there cannot be as many bytes as are told.
+    """
+    packed = min(item.compress_size, path.stat().st_size)
+    possible = packed if item.compress_type == zipfile.ZIP_STORED else 1100 * (packed + 100)
+    if item.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and item.file_size > possible:
+        raise FormatError(f"{what} is told to be {item.file_size:,} bytes, more than there can be. Write it again.")
+    if expected > item.file_size:
+        missing = expected - item.file_size
+        raise FormatError(f"{what} is cut short: {missing:,} bytes are missing. Write it again.")
 
 
 def _start(path: Path, item: zipfile.ZipInfo, what: str) -> int:
@@ -181,7 +195,9 @@ def _members(path: Path) -> dict[str, Column]:
                 )
             name = item.removesuffix(".npy")
             with archive.open(item) as file:
-                shape, _, _ = _header(file, f"'{name}' in {path.name}")
+                what = f"'{name}' in {path.name}"
+                shape, _, dtype = _header(file, what)
+                _check_size(archive.getinfo(item), file.tell() + math.prod(shape) * dtype.itemsize, path, what)
             members[name] = Member(shape, path, name)
     return members
 

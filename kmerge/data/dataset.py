@@ -94,7 +94,7 @@ class Dataset(ABC):
 
     @abstractmethod
     def draw(self, count: int, random: np.random.Generator) -> tuple[tuple[Array, ...], int]:
-        """Inputs of some rows, each with the same chance, in the order in which they stand, and how many rows there are.
+        """Inputs of some rows, each with the same chance, in their order; and how many rows there are.
 
         Args:
             count: how many at most.

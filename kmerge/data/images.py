@@ -62,7 +62,8 @@ class Picture:
         height, width = image_size(data, what)
         if not 0 < height * width <= MOST_PIXELS:
             raise FormatError(
-                f"{what} declares {height:,} × {width:,} pixels, more than the {MOST_PIXELS:,} that are read: scale it down."
+                f"{what} declares {height:,} × {width:,} pixels, more than the {MOST_PIXELS:,} that are "
+                "read: scale it down."
             )
         try:
             with tf.device("CPU"):
@@ -179,7 +180,8 @@ def open_images(path: Path, names: Names, reading: Reading, where: str) -> Datas
         )
     if len(names.entries) != 1:
         raise DataError(
-            f"The data{where} are images, and the network takes {len(names.entries)} inputs: give arrays under their names."
+            f"The data{where} are images, and the network takes {len(names.entries)} inputs: give arrays under "
+            "their names."
         )
     size = image_size(_content(files[0]), _named(files[0]))
     made = picture(names.entries[0], reading.pixels, size, where)
@@ -201,8 +203,8 @@ def _images(folder: Path, strict: bool) -> list[Path]:
             found.append(item)
         elif strict:
             raise DataError(
-                f"{_named(item)} is no image: expected {', '.join(sorted(SUFFIXES))} in the folder of a class, and nothing "
-                "else."
+                f"{_named(item)} is no image: expected {', '.join(sorted(SUFFIXES))} in the folder of a class, and "
+                "nothing else."
             )
     return found
 

@@ -56,7 +56,7 @@ class Names:
         found = {str(key): value for key, value in data.items() if str(key) not in self.beside}
         parts: dict[str | None, Any] = {}
         if found and found.keys() <= set(self.labels):
-            parts = dict(found)
+            parts.update(found)
         elif found and all(any(key.startswith(f"{label}/") for label in self.labels) for key in found):
             for label in self.labels:
                 own = {key.removeprefix(f"{label}/"): v for key, v in found.items() if key.startswith(f"{label}/")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -85,7 +84,6 @@ def open_dataset(
     if isinstance(data, Dataset):
         return data
     if _is_table(data) and is_available():
-
         return table_in_memory(data, names, reading, where)
     if names.is_whole(data):
         parts = names.parts(data, where)
@@ -97,7 +95,7 @@ def open_dataset(
             where,
             file,
         )
-    stream = Streamed(names, _source(data, where, reading.again), where, file)
+    stream = Streamed(names.entries, names, _source(data, where, reading.again), where, file)
     if reading.again and isinstance(data, Iterator):
         return _kept(stream)
     return stream
@@ -121,7 +119,9 @@ def open_parts(
         file, data = Path(data).name, stored(data, names, reading)
     parts = names.divided(data)
     return {
-        label: open_dataset(From(part, file) if file else part, network, labels, reading, f" of '{label}'" if label else "")
+        label: open_dataset(
+            From(part, file) if file else part, network, labels, reading, f" of '{label}'" if label else ""
+        )
         for label, part in parts.items()
     }
 

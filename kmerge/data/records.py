@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -84,7 +84,7 @@ def open_records(files: Sequence[Path], name: str, names: Names, reading: Readin
             for records in _records(files).batch(ROWS):
                 yield layout.batch(tf.io.parse_example(records, layout.features))
 
-    stream = Streamed(names, source, where, name, (), rows)
+    stream = Streamed(names.entries, names, source, where, name, (), rows)
     return stream.held() if reading.again else stream
 
 
@@ -100,16 +100,16 @@ def _count(path: Path) -> int:
     count = place = 0
     try:
         with gzip.open(path) if zipped else path.open("rb") as opened:
-            file: IO[bytes] = opened  # type: ignore[assignment]
-            while head := file.read(12):
+            reader = cast(IO[bytes], opened)
+            while head := reader.read(12):
                 length = struct.unpack("<Q", head[:8])[0] if len(head) == 12 else LARGEST + 1
                 place += 16 + length
                 if length > LARGEST or (size is not None and place > size):
                     raise FormatError(f"Record {count} of {path.name} is cut short or longer than a gigabyte.")
                 if zipped:
-                    _skip(file, length + 4, path, count)
+                    _skip(reader, length + 4, path, count)
                 else:
-                    file.seek(place)
+                    reader.seek(place)
                 count += 1
     except (OSError, EOFError, zlib.error) as error:
         raise FormatError(f"{path.name} cannot be read as a TFRecord ({error}): write it again.") from error
@@ -171,7 +171,9 @@ class _Layout:
         except KmergeError:
             raise
         except Exception as error:
-            raise FormatError(f"The records{where} are no tf.train.Example ({type(error).__name__}: {error}).") from error
+            raise FormatError(
+                f"The records{where} are no tf.train.Example ({type(error).__name__}: {error})."
+            ) from error
         self.inputs: dict[int, str] = {}
         for name in found:
             if name in names.numbers:
@@ -195,7 +197,7 @@ class _Layout:
     def _input(self, feature: _Feature, entry: Entry) -> Any:
         import tensorflow as tf
 
-        sizes = list(entry.shape[1:]) if entry.shape is not None else [None]
+        sizes: list[int | None] = list(entry.shape[1:]) if entry.shape is not None else [None]
         if feature.kind == "bytes_list" and not entry.is_text:
             return tf.io.FixedLenFeature([], tf.string)
         if sizes.count(None) == 1:  # all records have as many as the first
@@ -243,10 +245,10 @@ class _Layout:
             image: Array = self.pictures[entry.name].decode(data, what)
             return image
         try:
-            message = tf.compat.v1.TensorProto.FromString(data)
+            message = type(tf.make_tensor_proto(0)).FromString(data)
             return np.asarray(tf.make_ndarray(message))
         except Exception as error:
             raise FormatError(
-                f"{what} holds {len(data):,} bytes for input '{entry.name}', which are neither its values, nor an image, "
-                "nor a serialised tensor."
+                f"{what} holds {len(data):,} bytes for input '{entry.name}', which are neither its values, nor an "
+                "image, nor a serialised tensor."
             ) from error

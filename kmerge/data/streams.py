@@ -11,6 +11,7 @@ import numpy as np
 from kmerge.data.checks import as_array, check_rows, converted, converted_targets, converted_weights, fitted
 from kmerge.data.columns import Held
 from kmerge.data.dataset import Batch, Dataset, Indexed, check_one_shape, generator
+from kmerge.data.entries import Entry
 from kmerge.data.names import Names
 from kmerge.errors import DataError, KmergeError
 from kmerge.methods.registry import Array
@@ -31,12 +32,13 @@ class Streamed(Dataset):
     """Batches that come one after the other.
 
     Attributes:
-        names: what belongs to what.
+        entries, names: of the network.
         source: makes the batches of a pass.
         where: for errors: "", or " in x.csv".
         part: share that is held back, seed, and whether this is the part that is held back; of nested splits all.
     """
 
+    entries: tuple[Entry, ...]
     names: Names
     source: Source
     where: str = ""
@@ -44,10 +46,6 @@ class Streamed(Dataset):
     classes: tuple[str, ...] = ()
     rows: int | None = None
     part: tuple[tuple[float, int, bool], ...] = field(default=())
-
-    @property
-    def entries(self) -> Any:
-        return self.names.entries
 
     def split(self, share: float, seed: int) -> tuple[Streamed, Streamed]:
         """As in `Dataset`; each row falls by itself, so that the share is met only roughly."""

@@ -56,9 +56,16 @@ def open_table(files: Sequence[Path], name: str, names: Names, reading: Reading,
         FormatError: a file is damaged.
     """
     if not is_available():
-        raise DataError(f"Tables such as {name} are read by pyarrow, which is not installed: pip install 'kmerge[data]'.")
-    tables = [_Parquet(path) if path.open("rb").read(4) == _PARQUET else _Text(path) for path in files]
+        raise DataError(
+            f"Tables such as {name} are read by pyarrow, which is not installed: pip install 'kmerge[data]'."
+        )
+    tables = [_Parquet(path) if _starts(path) == _PARQUET else _Text(path) for path in files]
     return _opened(tables, name, names, reading, where)
+
+
+def _starts(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(len(_PARQUET))
 
 
 def table_in_memory(data: Any, names: Names, reading: Reading, where: str) -> Dataset:
@@ -89,7 +96,7 @@ def _opened(tables: Sequence[_Table], name: str, names: Names, reading: Reading,
             for block in table.blocks(layout.wanted):
                 yield layout.batch(block, classes)
 
-    stream = Streamed(names, source, where, name, tuple(known))
+    stream = Streamed(names.entries, names, source, where, name, tuple(known))
     return stream.held() if reading.again else stream
 
 
@@ -116,8 +123,8 @@ class _Layout:
                 raise DataError(f"Labels are named for '{label}', which is no head: expected {_listed(names.labels)}.")
         self.labels: dict[str, str] = {}
         if names.targets:
-            for column, label in beside.items():  # what is for all comes first
-                self.labels |= dict.fromkeys(names.labels if label is None else (label,), column)
+            for column, of in beside.items():  # what is for all comes first
+                self.labels |= dict.fromkeys(names.labels if of is None else (of,), column)
             self.labels |= reading.labels
         taken = {*beside, *reading.labels.values()}
         features = [column for column in columns if column not in taken]
@@ -163,7 +170,8 @@ class _Layout:
             if not found or (size not in (None, len(found)) and not single):
                 expected = f"a column '{entry.name}'" if size in (1, None) else f"'{entry.name}_0' to '_{size - 1}'"
                 raise DataError(
-                    f"The table{self.where} has {len(found) or 'no'} columns for input '{entry.name}': expected {expected}."
+                    f"The table{self.where} has {len(found) or 'no'} columns for input '{entry.name}': expected "
+                    f"{expected}."
                 )
         return [groups[number] for number in range(len(self.entries))]
 
@@ -210,7 +218,8 @@ def _classes(tables: Sequence[_Table], layout: _Layout, where: str) -> dict[str,
                     found[name] |= {value for value in block[name].unique().to_pylist() if value is not None}
                     if len(found[name]) > MOST_CLASSES:
                         raise DataError(
-                            f"Column '{name}'{where} holds more than {MOST_CLASSES:,} different strings: expected labels."
+                            f"Column '{name}'{where} holds more than {MOST_CLASSES:,} different strings: expected "
+                            "labels."
                         )
     return {name: sorted(values) for name, values in found.items()}
 
@@ -315,12 +324,11 @@ class _Text(_Table):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with _readable(path.name):
-            with self._reader() as reader:
-                columns = _by_name(reader.schema, path.name)
+        with _readable(path.name), self._reader() as reader:
+            columns = _by_name(reader.schema, path.name)
         if columns and all(_is_number(name) for name in columns):
             raise DataError(
-                f"The first line of {path.name} holds numbers: expected names of columns, such as f0,f1,y, in the first line."
+                f"The first line of {path.name} holds numbers: expected names of columns there, such as f0,f1,y."
             )
         # Types are told by the first block; what looks whole there may be a fraction later.
         self._types = {name: None if _is_text(kind) else "float64" for name, kind in columns.items()}
@@ -334,10 +342,10 @@ class _Text(_Table):
             first = stream.read(1 << 16).split(b"\n", 1)[0]
         delimiter = max(",;\t", key=lambda sign: first.count(sign.encode()))
         types = {name: arrow.float64() if self._types[name] else arrow.string() for name in wanted or ()}
-        convert = csv.ConvertOptions(column_types=types, include_columns=list(wanted) if wanted else None, strings_can_be_null=True)
-        return csv.open_csv(
-            self._path, parse_options=csv.ParseOptions(delimiter=delimiter), convert_options=convert
+        convert = csv.ConvertOptions(
+            column_types=types, include_columns=list(wanted) if wanted else None, strings_can_be_null=True
         )
+        return csv.open_csv(self._path, parse_options=csv.ParseOptions(delimiter=delimiter), convert_options=convert)
 
     def blocks(self, wanted: Sequence[str]) -> Iterator[Mapping[str, Any]]:
         with _readable(self._path.name), self._reader(wanted) as reader:

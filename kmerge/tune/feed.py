@@ -13,6 +13,7 @@ import numpy as np
 from kmerge.data import Batch
 from kmerge.errors import DataError
 from kmerge.methods.registry import Array
+from kmerge.tune.processes import Processes
 from kmerge.tune.teachers import Passes
 
 
@@ -95,9 +96,18 @@ class Feed:
         columns: what the heads learn from.
         copies: how often a model with separate inputs takes what is given.
         seed: of the order of the rows.
+        processes: of which this is one, and takes its rows of each batch.
     """
 
-    def __init__(self, parts: Sequence[Part], columns: Sequence[Column], copies: int, seed: int) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        columns: Sequence[Column],
+        copies: int,
+        seed: int,
+        processes: Processes = Processes(),  # noqa: B008
+    ) -> None:
+        self.processes = processes
         self.parts, self.columns, self.copies, self.seed = tuple(parts), tuple(columns), copies, seed
         firsts = [_first(part) for part in self.parts]
         self.weighted = any(batch.weights for batch in firsts)
@@ -107,6 +117,10 @@ class Feed:
         self.steps = longest if self.together else longest * len(self.parts)
 
     def stream(self, step: int = 0) -> Iterator[Any]:
+        """This process's part of batches without end, from a step on."""
+        yield from map(self.processes.own, self.whole(step))
+
+    def whole(self, step: int = 0) -> Iterator[Any]:
         """Batches without end, from a step on."""
         if self.together:
             sources = [self._endless(number, step) for number in range(len(self.parts))]
@@ -117,6 +131,10 @@ class Feed:
         while True:
             yield self._joined([(self.parts[step % count], next(sources[step % count]))])
             step += 1
+
+    def own(self) -> Iterator[Any]:
+        """This process's part of `once`."""
+        yield from map(self.processes.own, self.once())
 
     def once(self) -> Iterator[Any]:
         """All rows of all parts, one part after the other, in order."""

@@ -15,6 +15,7 @@ from kmerge.errors import MergeError, PlanError
 from kmerge.live import one_line, quiet
 from kmerge.methods.registry import Array
 from kmerge.tune.heads import Head, ending_of, logits_of
+from kmerge.tune.processes import Processes
 
 BATCH = 256
 """Rows that teachers are run on at a time."""
@@ -46,10 +47,12 @@ class Teachers:
     Attributes:
         models: one per source; its outputs are what is taught, in the order of `names`.
         names: of what each of them teaches.
+        processes: of which this is one; each asks the sources by itself.
     """
 
     models: Sequence[Any]
     names: Sequence[tuple[str, ...]]
+    processes: Processes = Processes()  # noqa: RUF009
 
     def of(self, inputs: tuple[Array, ...]) -> dict[str, Array]:
         """What they give on a batch: by the name of the output, shapes (rows, ...)."""
@@ -57,7 +60,7 @@ class Teachers:
         given = inputs[0] if len(inputs) == 1 else list(inputs)
         for model, names in zip(self.models, self.names, strict=True):
             try:
-                with quiet():
+                with quiet(), self.processes.alone():
                     outputs = model.predict_on_batch(given)
             except Exception as error:
                 raise MergeError(f"Keras cannot run the source of '{names[0]}': {one_line(error)}.") from error
@@ -70,7 +73,11 @@ class Teachers:
 
 
 def make_teachers(
-    models: Mapping[str, Any], heads: Sequence[Head], shapes: Sequence[Any], features: Mapping[str, str]
+    models: Mapping[str, Any],
+    heads: Sequence[Head],
+    shapes: Sequence[Any],
+    features: Mapping[str, str],
+    processes: Processes,
 ) -> Teachers:
     """Sources ready to teach.
 
@@ -79,6 +86,7 @@ def make_teachers(
         heads: of the model that learns.
         shapes: of its outputs, rows first.
         features: name of the layer whose output is taught too, by label.
+        processes: of which this is one.
 
     Raises:
         PlanError: if a source does not fit the heads.
@@ -118,7 +126,7 @@ def make_teachers(
         teacher.compile(jit_compile=False)
         found.append(teacher)
         names.append(tuple(taught))
-    return Teachers(found, names)
+    return Teachers(found, names, processes)
 
 
 def _find(model: Any, name: str) -> Any:

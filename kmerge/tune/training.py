@@ -25,6 +25,7 @@ from kmerge.tune.heads import Head, heads_of, logits_of
 from kmerge.tune.keeper import Course, Watch, make_keeper, put_values, values_of
 from kmerge.tune.losses import distilled_loss, equal_decisions, is_sparse, masked_loss, masked_metric
 from kmerge.tune.moving import Plain, parts_of, rates, scaled_optimizer, set_moving
+from kmerge.tune.processes import processes
 from kmerge.tune.recorded import losses_of, metrics_of
 from kmerge.tune.result import Tuning
 from kmerge.tune.settings import Settings
@@ -115,6 +116,8 @@ class _Run:
         self.synthetic, self.healing = synthetic, bool(teachers)
         self.started = time.perf_counter()
         self.notes: list[str] = []
+        self.processes = processes()
+        self._check_processes()
         self.net = subject.copy()
         self.heads = heads_of(self.net, subject.labels)
         self.plain = Plain(subject.copy(), self.net)
@@ -123,6 +126,18 @@ class _Run:
         self.sets = self._opened(data)
         self.teachers: Any = self._teachers(teachers) if self.healing else None
         self.student = self._student()
+
+    def _check_processes(self) -> None:
+        """Raises:
+        PlanError: if the settings need what several processes cannot agree on.
+        """
+        settings, several = self.settings, self.processes
+        if several.count == 1:
+            return
+        if settings.minutes is not None:
+            raise PlanError("minutes are measured by each process for itself, and these would part: give epochs.")
+        if several.engine == "tensorflow" and settings.weighting not in ("", "uncertainty"):
+            raise PlanError(f"{settings.weighting} needs the gradients of all workers: give loss weights as numbers.")
 
     # ------------------------------------------------------------------------------------------------------- data
 
@@ -153,7 +168,7 @@ class _Run:
                 "shares a trunk, or leave features out."
             )
         features = {label: ends[label] for label in models if label in ends} if settings.features else {}
-        teachers = make_teachers(models, self.heads, self.shapes, features)
+        teachers = make_teachers(models, self.heads, self.shapes, features, self.processes)
         taught_sets: dict[str, tuple[Passes, Passes | None]] = {}
         for number, (label, (train, held)) in enumerate(self.sets.items()):
             places = [self.folder / f"{name}_{number}" for name in ("train", "held")]
@@ -302,7 +317,7 @@ class _Run:
             total,
             settings.minutes * 60 if settings.minutes else None,
             settings.patience,
-            settings.checkpoints,
+            settings.checkpoints if self.processes.is_first else None,
             settings.every,
             mark,
             self.progress,
@@ -313,7 +328,7 @@ class _Run:
             course = replace(course, **state.facts["course"], best=list(state.groups["best"]) or None)
             put_values(student.variables, state.groups["model"])
             put_values(optimizer.variables, state.groups["optimizer"])
-        elif settings.checkpoints is not None:
+        elif settings.checkpoints is not None and self.processes.is_first:
             forget(settings.checkpoints)
         self._fit(train, watch, course)
         return self._result(course, before, scores, measure)
@@ -334,7 +349,7 @@ class _Run:
                 if not rows:
                     raise PlanError("There are no rows to learn from.")
                 parts.append(Part(data, own, share, rows))
-            feeds.append(Feed(parts, self.columns, self.subject.copies, settings.seed))
+            feeds.append(Feed(parts, self.columns, self.subject.copies, settings.seed, self.processes))
         return feeds[0], feeds[1]
 
     def _optimizer(self, total: int, usual: float) -> Any:
@@ -402,6 +417,11 @@ class _Run:
         except Exception as error:
             if type(error).__module__.startswith("kmerge."):
                 raise
+            if self.processes.count > 1:
+                raise MergeError(
+                    f"Process {self.processes.rank} of {self.processes.count} cannot go on, as when another one is lost "
+                    f"({one_line(error)}): start all of them again, with resume where there are checkpoints."
+                ) from error
             raise MergeError(f"Keras cannot train the model: {one_line(error)}.") from error
 
     def _fit_epochs(self, train: Feed, course: Course, first: int, last: int, steps: int, callbacks: list[Any]) -> None:
@@ -440,7 +460,7 @@ class _Run:
     def _evaluated(self, held: Feed) -> dict[str, float]:
         count = sum(math.ceil(part.rows / 256) for part in held.parts)
         with quiet():
-            found = self.student.evaluate(held.once(), steps=count, verbose=0, return_dict=True)
+            found = self.student.evaluate(held.own(), steps=count, verbose=0, return_dict=True)
         return {f"val_{name}": float(value) for name, value in found.items()}
 
     def _agreeing(self, held: Feed) -> tuple[tuple[Agreement, ...], dict[str, float]]:
@@ -448,11 +468,12 @@ class _Run:
         given: dict[str, list[Array]] = {}
         rows = 0
         for x, y, *_ in held.once():
-            outputs = self.student.predict_on_batch(x)
+            count = len(next(iter(y.values())))
+            outputs = self.processes.gathered(self.student.predict_on_batch(self.processes.inputs(x)), count)
             for name in self.student.head_losses:
                 wanted.setdefault(name, []).append(y[name])
-                given.setdefault(name, []).append(np.asarray(outputs[name], np.float32))
-            rows += len(next(iter(y.values())))
+                given.setdefault(name, []).append(outputs[name])
+            rows += count
             if self.settings.validation_split == 0 and rows >= CHECKED:
                 break
         scores, agreements = {}, []
