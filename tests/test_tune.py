@@ -228,7 +228,7 @@ def test_sources_that_do_not_fit_are_refused(folder: Path, fixtures_dir: Path, i
 # ------------------------------------------------------------------------------------------------------------- labels
 
 
-@pytest.mark.parametrize("weighting", [None, [1, 2, 1], "uncertainty", "gradnorm", "pcgrad"])
+@pytest.mark.parametrize("weighting", [[1, 2, 1], "uncertainty", "gradnorm", "pcgrad"])
 def test_each_head_learns_from_its_own_data(
     folder: Path, tasks: dict[str, tuple[Array, Array]], weighting: Any
 ) -> None:

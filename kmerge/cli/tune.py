@@ -263,15 +263,19 @@ def finetune(ctx: click.Context, /, **given: Any) -> None:
 
     \b
     Heal, on unlabelled inputs or on made-up ones:
-      kmerge finetune merged.keras cnn_a.keras cnn_b.keras -o healed.keras --data inputs.npz
-      kmerge finetune merged.keras cnn_a.keras cnn_b.keras -o healed.keras --samples 2000
-    Train with labels, one file for all heads (x, y_<label>) or one for each:
+      kmerge finetune merged.keras cnn_a.keras cnn_b.keras -o healed.keras \\
+        --data inputs.npz
+      kmerge finetune merged.keras cnn_a.keras cnn_b.keras -o again.keras \\
+        --samples 100 --epochs 5
+    Train with labels, one file for all heads (x, y_cnn_a, y_cnn_b) or one for each:
       kmerge finetune merged.keras -o tuned.keras --data labelled.npz --epochs 10
-      kmerge finetune merged.keras -o tuned.keras --data cnn_a=a.npz --data cnn_b=b.npz \\
-        --train last:1 --loss-weights uncertainty
+      kmerge finetune merged.keras -o mixed.keras --data cnn_a=a.npz \\
+        --data cnn_b=b.npz --train last:1 --loss-weights uncertainty --epochs 5
     A long run that may be interrupted, and going on with it:
-      kmerge finetune merged.keras -o tuned.keras --data labelled.npz --checkpoints run
-      kmerge finetune merged.keras -o tuned.keras --data labelled.npz --checkpoints run --resume
+      kmerge finetune merged.keras -o long.keras --data labelled.npz \\
+        --checkpoints run --epochs 5
+      kmerge finetune merged.keras -o long.keras --data labelled.npz \\
+        --checkpoints run --epochs 5 --resume --force
     """
     model, sources = given.pop("model"), given.pop("sources")
     quiet, as_json = given.pop("quiet"), given.pop("as_json")

@@ -157,7 +157,7 @@ def _keeper_class() -> Any:
                 "best": course.best or [],
             }
             assert self.watch.folder is not None
-            save_state(self.watch.folder, State({"course": course.facts()}, groups), self.watch.mark)
+            save_state(self.watch.folder, State({"course": course.facts(), "total": self.watch.total}, groups), self.watch.mark)
 
     return Keeper
 

@@ -291,7 +291,7 @@ class _Run:
         if settings.minutes is not None and state is None:
             fits = self._steps_that_fit(train)
             total = min(total, fits) if settings.epochs else max(1, fits)
-            epochs = math.ceil(total / train.steps)
+        epochs = math.ceil(total / train.steps)
         measure = self._measure(held)
         self._compile(self._optimizer(total, RATE))
         before, scores = measure()
@@ -493,8 +493,9 @@ class _Run:
     def _scored(self, scores: dict[str, float], base: Mapping[str, float]) -> dict[str, float]:
         """The scores with the one that is to be small: the losses of the heads against those at the start."""
         heads = [f"val_{head.name}_loss" for head in self.heads]
-        ratios = [scores[name] / max(base[name], 1e-12) for name in heads if name in scores]
-        return {**scores, "val_score": float(np.mean(ratios))}
+        counted = [name for name in heads if base.get(name, 0) > 0]  # a head without labels loses nothing
+        ratios = [scores[name] / base[name] for name in counted]
+        return {**scores, "val_score": float(np.mean(ratios)) if ratios else scores["val_loss"]}
 
     # ------------------------------------------------------------------------------------------------------ the end
 
