@@ -267,7 +267,7 @@ def finetune(ctx: click.Context, /, **given: Any) -> None:
         --data inputs.npz
       kmerge finetune merged.keras cnn_a.keras cnn_b.keras -o again.keras \\
         --samples 100 --epochs 5
-    Train with labels, one file for all heads (x, y_cnn_a, y_cnn_b) or one for each:
+    Train with labels, in one file (x, y_cnn_a, y_cnn_b) or in one for each head:
       kmerge finetune merged.keras -o tuned.keras --data labelled.npz --epochs 10
       kmerge finetune merged.keras -o mixed.keras --data cnn_a=a.npz \\
         --data cnn_b=b.npz --train last:1 --loss-weights uncertainty --epochs 5

@@ -46,7 +46,6 @@ class Watch:
     mark: str = ""
     progress: Progress = silent
     say: Callable[[str], None] = field(default=lambda line: None)
-    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -157,7 +156,9 @@ def _keeper_class() -> Any:
                 "best": course.best or [],
             }
             assert self.watch.folder is not None
-            save_state(self.watch.folder, State({"course": course.facts(), "total": self.watch.total}, groups), self.watch.mark)
+            save_state(
+                self.watch.folder, State({"course": course.facts(), "total": self.watch.total}, groups), self.watch.mark
+            )
 
     return Keeper
 

@@ -222,6 +222,7 @@ class _Run:
         if not student.trainable_variables:
             raise PlanError("Nothing moves: every layer is frozen. Say what is to move with --train all or last:K.")
         self.metrics = metrics
+        _seed(student, settings.seed)
         return student
 
     def _distillation(self, tensors: Mapping[str, Any]) -> Any:
@@ -573,6 +574,14 @@ def _ended(ending: str, values: Array) -> Array:
         powers = np.exp(values - values.max(-1, keepdims=True))
         return np.asarray(powers / powers.sum(-1, keepdims=True))
     return np.asarray(1 / (1 + np.exp(-np.clip(values, -700, 700)))) if ending == "sigmoid" else values
+
+
+def _seed(model: Any, seed: int) -> None:
+    """Let dropout draw by the seed: Keras draws a new start for it at each opening of a file that records none."""
+    states = [variable for variable in model.variables if variable.path.endswith("seed_generator_state")]
+    for number, variable in enumerate(states):
+        start = generator(seed, f"layer/{number}").integers(0, 2**31, variable.shape)
+        variable.assign(start.astype(str(variable.dtype)))
 
 
 def _lower(model: Any) -> None:
