@@ -132,14 +132,14 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
     "--train",
     metavar="all|heads|last:K",
     callback=_train,
-    help="What moves: all, heads, or heads and the last K layers of the trunk.  [default: what the layers say]",
+    help="What moves: all, heads, or heads and the last K layers of the trunk. By default what the layers say.",
 )
 @click.option(
     "--loss",
     multiple=True,
     metavar="LABEL=NAME",
     callback=_one_or_each,
-    help="Loss of a head, by Keras's name. Repeatable.  [default: what its source was trained with]",
+    help="Loss of a head, by Keras's name. Repeatable. By default what its source was trained with.",
 )
 @click.option(
     "--loss-weights",
@@ -151,7 +151,7 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
     "--epochs",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Passes over the data.  [default: 12, and more where these are few steps]",
+    help="Passes over the data. By default 12, and more where these are few steps.",
 )
 @click.option(
     "--minutes",
@@ -160,21 +160,21 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
     callback=_positive(),
     help="Time after which training ends; without --epochs, as many passes as fit.",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Rows per step.  [default: 64]")
+@click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Rows per step. By default 64.")
 @click.option(
     "--learning-rate",
     type=float,
     metavar="R",
     callback=_positive(),
-    help="The highest; it rises at the start and falls to 0.  [default: 0.001, less to heal a good start]",
+    help="The highest; it rises at the start and falls to 0. By default 0.001, less to heal a good start.",
 )
-@click.option("--optimizer", metavar="NAME", help="By Keras's name.  [default: adam]")
+@click.option("--optimizer", metavar="NAME", help="By Keras's name. By default adam.")
 @click.option(
     "--temperature",
     type=float,
     metavar="T",
     callback=_temperature,
-    help="At which sources and heads are compared; inf matches logits.  [default: 4]",
+    help="At which sources and heads are compared; inf matches logits. By default 4.",
 )
 @click.option(
     "--features",
@@ -227,7 +227,7 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
     help="Share of the rows that is held back, on which the best state is found.",
 )
 @click.option("--patience", type=click.IntRange(min=1), metavar="N", help="End after N epochs without a better state.")
-@click.option("--samples", type=click.IntRange(min=8), metavar="N", help="How many inputs to make up.  [default: 4000]")
+@click.option("--samples", type=click.IntRange(min=8), metavar="N", help="How many inputs to make up. By default 4000.")
 @click.option(
     "--cache",
     type=click.IntRange(min=0),
