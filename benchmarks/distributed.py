@@ -24,7 +24,7 @@ import numpy as np
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 SOURCES = {"low": "mlp_a.keras", "middle": "mlp_b.keras", "high": "mlp_c.keras"}
-EPOCHS = 6
+EPOCHS = 3
 
 
 def train(folder: Path, healing: bool, slow: bool, resume: bool) -> None:
