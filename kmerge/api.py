@@ -276,12 +276,14 @@ def fine_tune(
             say. What does not move is in inference mode.
         loss, metrics: by head, or for all; default: what each source was trained with.
         loss_weights: numbers by head, "equal", "uncertainty", "gradnorm" or "pcgrad".
-        epochs: passes over the data, of the longest where there are several.
+        epochs: passes over the data, of the longest where there are several; default 12, and more where these are few
+            steps.
         minutes: time after which it ends; without epochs, as many as fit.
         batch_size: rows of a batch, of all heads together; default 64.
-        learning_rate: the highest; it rises over the first steps and falls along half a cosine.
+        learning_rate: the highest; it rises over the first steps and falls along half a cosine. Default 0.001, and in
+            healing less where the start agrees well already, down to 0.0002.
         optimizer: name or Keras optimizer; default Adam. The object that is given is not changed.
-        temperature: of the distillation; infinity matches logits.
+        temperature: of the distillation; default 4; infinity matches logits.
         features: weight of matching the features of each source's trunk, through a linear map of its own.
         trunk_rate, layer_decay: factors on the rate in the trunk, and for each layer further from the heads.
         adapters: rank of low-rank adapters in place of the heads' kernels, merged into these in the end.

@@ -413,7 +413,7 @@ def test_a_killed_training_ends_as_an_unbroken_one(
 ) -> None:
     np.save(tmp_path / "x.npy", inputs)
     sources = {label: str(path) for label, path in paths(fixtures_dir).items()}
-    asked: dict[str, Any] = {"epochs": 60, "every": 0.001, "batch_size": 16}
+    asked: dict[str, Any] = {"epochs": 12, "every": 0.05, "batch_size": 8}
     script = (
         "import json, sys, kmerge; a, s, k = json.loads(sys.argv[1]); "
         "kmerge.fine_tune(a[0], a[1], s, checkpoints=a[2], **k)"
@@ -425,7 +425,7 @@ def test_a_killed_training_ends_as_an_unbroken_one(
     while not state.exists():
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.05)
-    time.sleep(random.random())
+    time.sleep(random.random() / 2)
     assert process.poll() is None, "it ended before it could be killed"
     process.send_signal(signal.SIGKILL)
     process.wait()

@@ -147,7 +147,12 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
     callback=_loss_weights,
     help="How much each head counts: numbers in their order, or learned.  [default: equal]",
 )
-@click.option("--epochs", type=click.IntRange(min=1), metavar="N", help="Passes over the data.")
+@click.option(
+    "--epochs",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Passes over the data.  [default: 12, and more where these are few steps]",
+)
 @click.option(
     "--minutes",
     type=float,
@@ -161,7 +166,7 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
     type=float,
     metavar="R",
     callback=_positive(),
-    help="The highest; it rises at the start and falls to 0.  [default: 0.001]",
+    help="The highest; it rises at the start and falls to 0.  [default: 0.001, less to heal a good start]",
 )
 @click.option("--optimizer", metavar="NAME", help="By Keras's name.  [default: adam]")
 @click.option(
@@ -169,7 +174,7 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
     type=float,
     metavar="T",
     callback=_temperature,
-    help="At which sources and heads are compared; inf matches logits.",
+    help="At which sources and heads are compared; inf matches logits.  [default: 4]",
 )
 @click.option(
     "--features",

@@ -173,13 +173,14 @@ def _student_class() -> Any:
             places = places or list(range(len(self.trainable_weights)))
             norms = ops.stack([ops.sqrt(_sum([ops.sum(ops.square(row[p])) for p in places]) + 1e-12) for row in rows])
             losses = ops.stack([ops.cast(part, "float32") for part in parts])
-            first = ops.where(self.first > 0, self.first, ops.maximum(losses, 1e-8))
+            first, balance = ops.convert_to_tensor(self.first), ops.convert_to_tensor(self.balance)
+            first = ops.where(first > 0, first, ops.maximum(losses, 1e-8))
             self.first.assign(first)
             rates = losses / first
             rates = rates / ops.maximum(ops.mean(rates), 1e-8)
-            now = self.balance * norms
+            now = balance * norms
             wanted = ops.mean(now) * rates**ALPHA
-            moved = ops.maximum(self.balance - STEP * ops.sign(now - wanted) * norms / ops.mean(norms), 1e-3)
+            moved = ops.maximum(balance - STEP * ops.sign(now - wanted) * norms / ops.mean(norms), 1e-3)
             self.balance.assign(moved * len(parts) / ops.sum(moved))
 
         def train_step(self, *given: Any) -> Any:

@@ -33,8 +33,13 @@ from kmerge.tune.student import make_student
 from kmerge.tune.teachers import Passes, make_teachers, spread, taught
 from kmerge.tune.workers import Workers, measured, predicted
 
-EPOCHS, BATCH, RATE = 20, 64, 1e-3
-TEMPERATURE = 2.0
+EPOCHS, BATCH = 12, 64
+STEPS, MOST_EPOCHS = 1000, 100
+"""Fewer steps than these are made up for by more epochs."""
+RATE, GENTLE, PER_GAP = 1e-3, 2e-4, 2.5e-2
+"""The learning rate, what it is at least in healing, and how it grows with what agreement lacks: a good start is soon
+undone by large steps, and a bad one needs them."""
+TEMPERATURE = 4.0
 WARM = 0.05
 """Share of the steps in which the learning rate rises."""
 UNSEEN = 0.1
@@ -276,7 +281,7 @@ class _Run:
     def tuned(self) -> Tuning:
         settings, student = self.settings, self.student
         train, held = self._feeds()
-        epochs = settings.epochs or EPOCHS
+        epochs = settings.epochs or max(EPOCHS, min(MOST_EPOCHS, math.ceil(STEPS / train.steps)))
         variables = list(student.trainable_variables)
         mark = self._mark(train) if settings.checkpoints else ""
         state = load_state(settings.checkpoints, mark) if settings.resume and settings.checkpoints else None
@@ -288,13 +293,17 @@ class _Run:
             fits = self._steps_that_fit(train)
             total = min(total, fits) if settings.epochs else max(1, fits)
             epochs = math.ceil(total / train.steps)
-        optimizer = self._optimizer(total)
+        measure = self._measure(held)
+        self._compile(self._optimizer(total, RATE))
+        before, scores = measure()
+        rate = RATE
+        if self.healing:
+            rate = min(max(PER_GAP * (1 - scores["val_agreement"]), GENTLE), RATE)
+        optimizer = self._optimizer(total, rate)
         optimizer = scaled_optimizer(optimizer, variables, rates(self.parts, settings.trunk_rate, settings.layer_decay))
         self._compile(optimizer)
         assert [id(v) for v in student.trainable_variables] == [id(v) for v in variables]
         optimizer.build(variables)
-        measure = self._measure(held)
-        before, scores = measure()
         base = scores
         least = scores["val_agreement"] if self.healing else None
 
@@ -344,7 +353,7 @@ class _Run:
             feeds.append(Feed(parts, self.columns, self.subject.copies, settings.seed, self.processes))
         return feeds[0], feeds[1]
 
-    def _optimizer(self, total: int) -> Any:
+    def _optimizer(self, total: int, usual: float) -> Any:
         import keras
 
         given, rate = self.settings.optimizer, self.settings.learning_rate
@@ -354,7 +363,7 @@ class _Run:
                 config["learning_rate"] = rate
             return type(given).from_config(config)
         warm = min(max(1, round(WARM * total)), total - 1) if total > 1 else 0
-        high = RATE if rate is None else rate
+        high = usual if rate is None else rate
         schedule = keras.optimizers.schedules.CosineDecay(
             high / 20 if warm else high,
             max(1, total - warm),
@@ -380,7 +389,7 @@ class _Run:
         """How many steps the time allows, from a few that are made and undone."""
         variables = self.student.variables
         kept = values_of(variables)
-        self._compile(self._optimizer(100))
+        self._compile(self._optimizer(100, RATE))
         stream = train.stream()
         for _ in range(3):
             self.student.train_on_batch(*next(stream))
@@ -397,14 +406,13 @@ class _Run:
         if course.done:
             return
         callbacks = [make_keeper(watch, course), *self._tensorboard(), *self.settings.callbacks]
-        stream = train.stream(course.step)
         try:
             epoch, within = divmod(course.step, watch.steps)
             if within:  # the rest of the epoch in which a training was interrupted
-                self._fit_epochs(stream, epoch, epoch + 1, watch.steps - within, callbacks)
+                self._fit_epochs(train, course, epoch, epoch + 1, watch.steps - within, callbacks)
                 epoch += 1
             if epoch < watch.epochs and not course.done:
-                self._fit_epochs(stream, epoch, watch.epochs, watch.steps, callbacks)
+                self._fit_epochs(train, course, epoch, watch.epochs, watch.steps, callbacks)
         except (KeyboardInterrupt, SystemExit, PlanError):
             raise
         except Exception as error:
@@ -417,9 +425,12 @@ class _Run:
                 ) from error
             raise MergeError(f"Keras cannot train the model: {one_line(error)}.") from error
 
-    def _fit_epochs(self, stream: Any, first: int, last: int, steps: int, callbacks: list[Any]) -> None:
+    def _fit_epochs(self, train: Feed, course: Course, first: int, last: int, steps: int, callbacks: list[Any]) -> None:
+        # Keras reads ahead, so that each fit begins a stream of its own.
+        stream = train.stream(course.step)
         if self.processes.engine == "tensorflow":
-            return Workers(self.student, self.processes).fit(stream, first, last, steps, callbacks)
+            Workers(self.student, self.processes).fit(stream, first, last, steps, callbacks)
+            return
         settings = {"initial_epoch": first, "epochs": last, "steps_per_epoch": steps, "callbacks": callbacks}
         self.student.fit(stream, shuffle=False, verbose=0, **settings)
 
