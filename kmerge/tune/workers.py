@@ -6,12 +6,11 @@ labels it has among those of all, and Keras's optimizer sums the gradients of al
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from kmerge.methods.registry import Array
 from kmerge.tune.processes import Processes
 
 
@@ -100,10 +99,9 @@ def _mean(pairs: Sequence[tuple[float, float]]) -> float:
     return sum(value for value, _ in pairs) / total if total else 0.0
 
 
-def predicted(model: Any, x: Any) -> Mapping[str, Array] | list[Array] | Array:
+def predicted(model: Any, x: Any) -> Any:
     """What a model gives on inputs, without Keras's `predict`, which would share the rows among the workers."""
     import keras
 
     outputs = model(x, training=False)
-    found: Any = keras.tree.map_structure(keras.ops.convert_to_numpy, outputs)
-    return found
+    return keras.tree.map_structure(keras.ops.convert_to_numpy, outputs)
