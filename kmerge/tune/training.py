@@ -420,7 +420,7 @@ class _Run:
                 raise
             if self.processes.count > 1:
                 raise MergeError(
-                    f"Process {self.processes.rank} of {self.processes.count} cannot go on, as when another one is lost "
+                    f"Process {self.processes.rank} of {self.processes.count} cannot go on, as when another is lost "
                     f"({one_line(error)}): start all of them again, with resume where there are checkpoints."
                 ) from error
             raise MergeError(f"Keras cannot train the model: {one_line(error)}.") from error
