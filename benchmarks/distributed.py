@@ -24,7 +24,7 @@ import numpy as np
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 SOURCES = {"low": "mlp_a.keras", "middle": "mlp_b.keras", "high": "mlp_c.keras"}
-EPOCHS = 6
+EPOCHS = 3
 
 
 def train(folder: Path, healing: bool, slow: bool, resume: bool) -> None:
@@ -112,14 +112,17 @@ def finished(running: list[subprocess.Popen[str]], what: str) -> None:
 
 
 def weights(folder: Path) -> list[np.ndarray]:
-    import h5py
-
     import zipfile
 
-    with zipfile.ZipFile(folder / "tuned.keras") as archive, archive.open("model.weights.h5") as member:
-        with h5py.File(member) as file:
-            found: list[np.ndarray] = []
-            file.visititems(lambda name, item: found.append(item[()]) if isinstance(item, h5py.Dataset) else None)
+    import h5py
+
+    with (
+        zipfile.ZipFile(folder / "tuned.keras") as archive,
+        archive.open("model.weights.h5") as member,
+        h5py.File(member) as file,
+    ):
+        found: list[np.ndarray] = []
+        file.visititems(lambda name, item: found.append(item[()]) if isinstance(item, h5py.Dataset) else None)
     return found
 
 

@@ -82,7 +82,10 @@ def values_of(variables: Any) -> list[Array]:
     """Copies of the values of variables."""
     from keras import ops
 
-    return [np.array(ops.convert_to_numpy(variable.value)) for variable in variables]
+    values = [variable.value for variable in variables]
+    # Variables of several TensorFlow workers are no arrays, and are read first.
+    values = [value.read_value() if hasattr(value, "read_value") else value for value in values]
+    return [np.array(ops.convert_to_numpy(value)) for value in values]
 
 
 def put_values(variables: Any, values: Any) -> None:

@@ -123,6 +123,11 @@ def _classes() -> SimpleNamespace:
             """How many labels there are."""
             return ops.sum(known(y_true, y_pred, loss_name(self.inner))[2])
 
+        def labels(self, y_true: Any, y_pred: Any, sample_weight: Any) -> Any:
+            """By what the sum of the values is divided: the weights of the labels that are there."""
+            mask = getattr(y_pred, "_keras_mask", None)
+            return ops.sum(weighted(known(y_true, y_pred, loss_name(self.inner))[2], sample_weight, mask))
+
     class MaskedMetric(keras.metrics.Metric):  # type: ignore[misc]
         def __init__(self, inner: Any, loss: Any) -> None:
             super().__init__(name=inner.name)
@@ -169,6 +174,9 @@ def _classes() -> SimpleNamespace:
 
         def count(self, y_true: Any, y_pred: Any) -> Any:
             return ops.cast(ops.shape(y_true)[0], "float32")
+
+        def labels(self, y_true: Any, y_pred: Any, sample_weight: Any) -> Any:
+            return ops.sum(self._weights(ops.cast(y_true, "float32"), sample_weight))
 
         def _weights(self, values: Any, sample_weight: Any) -> Any:
             return weighted(ops.ones_like(values[..., 0]), sample_weight, None)

@@ -102,13 +102,13 @@ def _student_class() -> Any:
                 found.append(value)
             return found
 
-        def together(self, parts: Sequence[Any]) -> Any:
-            """The losses of all heads as one."""
+        def together(self, parts: Sequence[Any], share: float = 1.0) -> Any:
+            """The losses of all heads as one; `share` is this process's of what does not come from rows."""
             if self.weighting == "uncertainty":
                 total = 0.0
                 for number, (name, value) in enumerate(zip(self.head_losses, parts, strict=True)):
                     half = 0.5 if name in self.halves else 1.0
-                    total += half * ops.exp(-self.balance[number]) * value + 0.5 * self.balance[number]
+                    total += half * ops.exp(-self.balance[number]) * value + 0.5 * share * self.balance[number]
                 return total
             total = 0.0
             for number, (name, value) in enumerate(zip(self.head_losses, parts, strict=True)):

@@ -16,6 +16,7 @@ from kmerge.live import one_line, quiet
 from kmerge.methods.registry import Array
 from kmerge.tune.heads import Head, ending_of, logits_of
 from kmerge.tune.processes import Processes
+from kmerge.tune.workers import predicted
 
 BATCH = 256
 """Rows that teachers are run on at a time."""
@@ -61,7 +62,8 @@ class Teachers:
         for model, names in zip(self.models, self.names, strict=True):
             try:
                 with quiet(), self.processes.alone():
-                    outputs = model.predict_on_batch(given)
+                    alone = self.processes.engine == "tensorflow"
+                    outputs = predicted(model, given) if alone else model.predict_on_batch(given)
             except Exception as error:
                 raise MergeError(f"Keras cannot run the source of '{names[0]}': {one_line(error)}.") from error
             listed = outputs if isinstance(outputs, (list, tuple)) else [outputs]

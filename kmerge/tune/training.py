@@ -31,6 +31,7 @@ from kmerge.tune.result import Tuning
 from kmerge.tune.settings import Settings
 from kmerge.tune.student import make_student
 from kmerge.tune.teachers import Passes, make_teachers, spread, taught
+from kmerge.tune.workers import Workers, measured, predicted
 
 EPOCHS, BATCH = 12, 64
 STEPS, MOST_EPOCHS = 1000, 100
@@ -428,6 +429,9 @@ class _Run:
     def _fit_epochs(self, train: Feed, course: Course, first: int, last: int, steps: int, callbacks: list[Any]) -> None:
         # Keras reads ahead, so that each fit begins a stream of its own.
         stream = train.stream(course.step)
+        if self.processes.engine == "tensorflow":
+            Workers(self.student, self.processes).fit(stream, first, last, steps, callbacks)
+            return
         settings = {"initial_epoch": first, "epochs": last, "steps_per_epoch": steps, "callbacks": callbacks}
         self.student.fit(stream, shuffle=False, verbose=0, **settings)
 
@@ -459,6 +463,8 @@ class _Run:
         return lambda: self._agreeing(held)
 
     def _evaluated(self, held: Feed) -> dict[str, float]:
+        if self.processes.engine == "tensorflow":
+            return {f"val_{name}": value for name, value in measured(self.student, held.once()).items()}
         count = sum(math.ceil(part.rows / 256) for part in held.parts)
         with quiet():
             found = self.student.evaluate(held.own(), steps=count, verbose=0, return_dict=True)
@@ -470,7 +476,11 @@ class _Run:
         rows = 0
         for x, y, *_ in held.once():
             count = len(next(iter(y.values())))
-            outputs = self.processes.gathered(self.student.predict_on_batch(self.processes.inputs(x)), count)
+            if self.processes.engine == "tensorflow":
+                outputs = predicted(self.student, x)
+            else:
+                mine = self.student.predict_on_batch(self.processes.inputs(x))
+                outputs = self.processes.gathered(mine, count)
             for name in self.student.head_losses:
                 wanted.setdefault(name, []).append(y[name])
                 given.setdefault(name, []).append(outputs[name])
