@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kmerge.version import __version__
 
 if TYPE_CHECKING:
-    from kmerge.api import combine, compare, convert, inspect, merge_models
+    from kmerge.api import add_head, combine, compare, convert, fine_tune, inspect, merge_models
     from kmerge.errors import (
         DataError,
         FormatError,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from kmerge.plan import Plan
     from kmerge.report.conversion import Conversion
     from kmerge.report.facts import Report
+    from kmerge.tune import Tuning
 
 __all__ = [
     "METHODS",
@@ -43,22 +44,28 @@ __all__ = [
     "Plan",
     "PlanError",
     "Report",
+    "Tuning",
     "UnrelatedError",
     "UnsafeFileError",
     "__version__",
+    "add_head",
     "combine",
     "compare",
     "convert",
+    "fine_tune",
     "inspect",
     "merge_models",
 ]
 
 _HOMES = {
-    **dict.fromkeys(("combine", "compare", "convert", "inspect", "merge_models"), "kmerge.api"),
+    **dict.fromkeys(
+        ("add_head", "combine", "compare", "convert", "fine_tune", "inspect", "merge_models"), "kmerge.api"
+    ),
     "Conversion": "kmerge.report.conversion",
     "METHODS": "kmerge.methods",
     "Plan": "kmerge.plan",
     "Report": "kmerge.report.facts",
+    "Tuning": "kmerge.tune",
 }
 
 

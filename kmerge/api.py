@@ -1,15 +1,17 @@
-"""What scripts call: `combine`, `merge_models`, `inspect`, `compare`."""
+"""What scripts call: `combine`, `merge_models`, `fine_tune`, `add_head`, `inspect`, `compare`."""
 
 from __future__ import annotations
 
 import logging
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from kmerge import live
+from kmerge.adding import add_head_to
 from kmerge.agreement import warnings
 from kmerge.conversion import convert_model, convert_path
 from kmerge.custom import import_custom, import_lambdas
@@ -26,6 +28,8 @@ from kmerge.report.inspection import Inspection, inspect_source
 from kmerge.rules import Rules
 from kmerge.running import run_models
 from kmerge.source import open_source
+from kmerge.tune import Settings, Tuning
+from kmerge.tuning import fine_tune_model
 from kmerge.workspace import Sources, Workspace, is_h5, listed, size_of, target_of
 
 
@@ -214,6 +218,7 @@ def merge_models(
         model = live.load_model(target, "the merged model", work.custom_objects(custom_objects), work.trusted)
         if job.plan.freeze and job.merged is not None:
             live.freeze(model, shared_places(job.merged))
+        live.remember(model, job.stored())
         return model
 
 
@@ -249,6 +254,183 @@ def convert(
     objects = import_custom(custom)
     paths = convert_path(old, "old file"), convert_path(new, "output")
     return convert_model(*paths, lambdas, objects, force, progress or silent)
+
+
+def fine_tune(
+    model: Any,
+    data: Any = None,
+    teachers: Sources | None = None,
+    *,
+    labels: Sequence[str] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    train: str | None = None,
+    loss: Any = None,
+    metrics: Any = None,
+    loss_weights: Any = None,
+    epochs: int | None = None,
+    minutes: float | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    optimizer: Any = None,
+    temperature: float | None = None,
+    features: float = 0.0,
+    trunk_rate: float = 1.0,
+    layer_decay: float = 1.0,
+    adapters: int | None = None,
+    batch_norm: str = "auto",
+    mix: Mapping[str, float] | None = None,
+    validation_split: float = 0.1,
+    patience: int | None = None,
+    samples: int | None = None,
+    cache: int = 4 << 30,
+    checkpoints: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    every: float = 60.0,
+    tensorboard: str | os.PathLike[str] | None = None,
+    mixed_precision: bool = False,
+    jit: bool | None = None,
+    callbacks: Sequence[Any] = (),
+    seed: int = 0,
+    custom_objects: Mapping[str, Any] | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    log: Callable[[str], None] | None = None,
+) -> Tuning:
+    """Train a merged model: healed by its sources, without labels; or with labels, a loss for each head.
+
+    A copy is trained by an ordinary `compile` and `fit`; the model that is given stays as it is. The best state on
+    held-back rows is kept. Healing never hands back a model that agrees less with its sources than the one it was
+    given; training with labels says so where its model does worse.
+
+    Args:
+        model: path of a model, or a live `keras.Model`, merged or not.
+        data: rows with labels, or, where sources teach, inputs alone: anything that `kmerge.combine` takes as data,
+            with labels as `(x, y)`, `(x, y, weights)` or under `y` and `y_<label>`; or a dictionary of these by label,
+            of which each head learns from its own and batches are mixed. Labels that are NaN, −1 (for classes) or
+            absent do not count. None makes inputs up, where sources teach.
+        teachers: the sources, as paths or live models, by label or in the order of the heads.
+        labels: of the heads, where the model does not say.
+        output: where to write the result (`.keras` or `.h5`).
+        train: "all", "heads", or "last:K", heads and the last K layers of the trunk; default: what the model's layers
+            say. What does not move is in inference mode.
+        loss, metrics: by head, or for all; default: what each source was trained with.
+        loss_weights: numbers by head, "equal", "uncertainty", "gradnorm" or "pcgrad".
+        epochs: passes over the data, of the longest where there are several; default 12, and more where these are few
+            steps.
+        minutes: time after which it ends; without epochs, as many as fit.
+        batch_size: rows of a batch, of all heads together; default 64.
+        learning_rate: the highest; it rises over the first steps and falls along half a cosine. Default 0.001, and in
+            healing less where the start agrees well already, down to 0.0002.
+        optimizer: name or Keras optimizer; default Adam. The object that is given is not changed.
+        temperature: of the distillation; default 4; infinity matches logits.
+        features: weight of matching the features of each source's trunk, through a linear map of its own.
+        trunk_rate, layer_decay: factors on the rate in the trunk, and for each layer further from the heads.
+        adapters: rank of low-rank adapters in place of the heads' kernels, merged into these in the end.
+        batch_norm: "auto", "fixed" (statistics stay) or "moving".
+        mix: rows of a batch by head, as a ratio; default equal.
+        validation_split: share of the rows to hold back.
+        patience: epochs without a better state after which it ends.
+        samples: how many inputs to make up.
+        cache: bytes on disk for inputs and what the teachers give on them.
+        checkpoints: folder for the state of the training; with `resume` it goes on from there, and ends with the same
+            weights as without the interruption.
+        every: seconds between two checkpoints within an epoch; there is one at the end of each in any case.
+        tensorboard: folder for TensorBoard's logs.
+        mixed_precision: compute in bfloat16.
+        jit: compile with XLA.
+        callbacks: Keras callbacks.
+        seed: of everything random.
+        custom_objects: classes of custom layers, as for `keras.saving.load_model`.
+        force: replace an existing output.
+        progress: called with steps done and to do in all.
+        log: called with a line per epoch.
+
+    Returns:
+        The tuning: `model` is the trained one, not compiled; `history`, and agreement before and after.
+
+    Raises:
+        KmergeError: with what happened and how to go on. Nothing is written then but checkpoints.
+    """
+    settings = Settings(
+        train=train,
+        loss=loss,
+        metrics=metrics,
+        loss_weights=loss_weights,
+        epochs=epochs,
+        minutes=minutes,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        optimizer=optimizer,
+        temperature=temperature,
+        features=features,
+        trunk_rate=trunk_rate,
+        layer_decay=layer_decay,
+        adapters=adapters,
+        batch_norm=batch_norm,
+        mix=mix,
+        validation_split=validation_split,
+        patience=patience,
+        samples=samples,
+        cache=cache,
+        checkpoints=None if checkpoints is None else Path(checkpoints),
+        resume=resume,
+        every=every,
+        tensorboard=None if tensorboard is None else Path(tensorboard),
+        mixed_precision=mixed_precision,
+        jit=jit,
+        callbacks=tuple(callbacks),
+        seed=seed,
+        say=log or logging.getLogger("kmerge").info,
+    )
+    tuning = fine_tune_model(
+        model,
+        data,
+        teachers,
+        labels=labels,
+        output=output,
+        force=force,
+        settings=settings,
+        custom_objects=custom_objects,
+        progress=progress or silent,
+    )
+    if log is None:
+        for text in (*tuning.warnings, *tuning.notes):
+            logging.getLogger("kmerge").warning(text)
+    return tuning
+
+
+def add_head(
+    model: Any,
+    head: Any,
+    label: str,
+    *,
+    at: str | tuple[str, int] | None = None,
+    output: str | os.PathLike[str] | None = None,
+    custom_objects: Mapping[str, Any] | None = None,
+    force: bool = False,
+) -> Any:
+    """A model with one more head on its trunk; all that was there stays as it is, and the new head is still to learn.
+
+    Args:
+        model: path of a model, or a live `keras.Model`, merged or not; it is not changed.
+        head: how many classes the new head tells apart (1 for yes or no), which makes a Dense layer with a softmax
+            (sigmoid), behind a global average where the trunk ends in places; or a Keras layer, or a model with one
+            input and one output, of which a copy is taken with its weights.
+        label: of the new head; its output stands under this name in the dictionary of outputs.
+        at: layer whose output the head reads, and where that is called several times, which call, counted from 0; by
+            default where the heads that are there part.
+        output: where to write the result (`.keras` or `.h5`), with the facts of the merge.
+        custom_objects: classes of custom layers, as for `keras.saving.load_model`.
+        force: replace an existing output.
+
+    Returns:
+        An ordinary `keras.Model`, not compiled, with a dictionary of outputs by label.
+
+    Raises:
+        PlanError: the label or a name is taken, or there is no single place where the heads part.
+        KmergeError: with what happened and how to go on.
+    """
+    return add_head_to(model, head, label, at=at, output=output, force=force, custom_objects=custom_objects)
 
 
 def inspect(path: str | os.PathLike[str]) -> Inspection:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -155,13 +156,25 @@ def _classes(value: Any) -> Iterator[tuple[str, str]]:
             yield from _classes(item)
 
 
-def write_as_h5(path: Path, target: Path, attribute: str, custom_objects: Mapping[str, Any] | None = None) -> None:
+def with_suffix(path: Path, model: Mapping[str, Any] | None, folder: Path) -> Path:
+    """Keras goes by the suffix: a file whose suffix tells something else is handed over under another name."""
+    suffix = ".keras" if model is not None and "module" in model else ".h5"
+    if path.is_dir() or path.name.endswith(suffix) or (suffix == ".h5" and path.name.endswith(".hdf5")):
+        return path
+    link = folder / f"source_{len(os.listdir(folder))}{suffix}"
+    link.symlink_to(path.resolve())
+    return link
+
+
+def write_as_h5(
+    path: Path, target: Path, attribute: str | None, custom_objects: Mapping[str, Any] | None = None
+) -> None:
     """A `.keras` file as a Keras 3 `.h5` at `target`, with kmerge's facts in an attribute.
 
     Args:
         path: the `.keras` file.
         target: where to write; what stands there is replaced.
-        attribute: the facts.
+        attribute: the facts; None for none.
         custom_objects: classes of custom layers, as for `load_model`.
 
     Raises:
@@ -174,8 +187,9 @@ def write_as_h5(path: Path, target: Path, attribute: str, custom_objects: Mappin
     try:
         with quiet():
             model.save(target)
-        with h5py.File(target, "r+") as file:
-            file.attrs["kmerge"] = attribute
+        if attribute is not None:
+            with h5py.File(target, "r+") as file:
+                file.attrs["kmerge"] = attribute
     except Exception as error:
         raise OutputError(
             f"Keras cannot write the merged model as .h5: {one_line(error)}. Write it as .keras."
@@ -210,6 +224,19 @@ def freeze(model: Any, places: list[int]) -> None:
     for place in places:
         if model.layers[place].weights:
             model.layers[place].trainable = False
+
+
+_FACTS: weakref.WeakKeyDictionary[Any, Mapping[str, Any]] = weakref.WeakKeyDictionary()
+
+
+def remember(model: Any, facts: Mapping[str, Any]) -> None:
+    """Keep the facts of a merge beside a live model, as its file would hold them."""
+    _FACTS[model] = facts
+
+
+def facts_of(model: Any) -> Mapping[str, Any] | None:
+    """The facts of the merge that a live model came from; None for any other."""
+    return _FACTS.get(model)
 
 
 def custom_objects_of(models: list[Any]) -> dict[str, Any]:

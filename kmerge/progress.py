@@ -24,6 +24,26 @@ def in_steps(progress: Progress, description: str) -> Progress:
     return progress.in_steps(description) if isinstance(progress, TerminalBar) else progress
 
 
+def tell(progress: Progress, text: str) -> None:
+    """Show a few words beside a bar, where there is one."""
+    if isinstance(progress, Steps):
+        progress.tell(text)
+
+
+class Steps:
+    """Progress in steps of a terminal's bar, with a few words beside it."""
+
+    def __init__(self, bar: TerminalBar, description: str) -> None:
+        self._bar, self._description, self._text = bar, description, ""
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.show(self._description, False, done, total, self._text)
+
+    def tell(self, text: str) -> None:
+        """What stands beside the bar from the next step on."""
+        self._text = text
+
+
 class TerminalBar:
     """A bar at a time on a terminal: with bytes, rate and remaining time, or with steps."""
 
@@ -34,11 +54,11 @@ class TerminalBar:
         self._task: Any = None
 
     def __call__(self, done: int, total: int) -> None:
-        self._show(self._description, True, done, total)
+        self.show(self._description, True, done, total)
 
     def in_steps(self, description: str) -> Progress:
         """The same for steps of something else."""
-        return lambda done, total: self._show(description, False, done, total)
+        return Steps(self, description)
 
     def close(self) -> None:
         """Take the bar away."""
@@ -46,7 +66,8 @@ class TerminalBar:
             self._bar.stop()
         self._bar = None
 
-    def _show(self, description: str, in_bytes: bool, done: int, total: int) -> None:
+    def show(self, description: str, in_bytes: bool, done: int, total: int, text: str = "") -> None:
+        """Bring the bar up to date, or begin it."""
         from rich.console import Console
         from rich.progress import Progress as Bar
 
@@ -55,8 +76,8 @@ class TerminalBar:
             self._shown = description
             self._bar = Bar(*_columns(in_bytes), console=Console(file=self._stream), transient=True)
             self._bar.start()
-            self._task = self._bar.add_task(description, total=None)
-        self._bar.update(self._task, completed=done, total=total)
+            self._task = self._bar.add_task(description, total=None, text="")
+        self._bar.update(self._task, completed=done, total=total, text=text)
 
 
 def _columns(in_bytes: bool) -> list[ProgressColumn]:
@@ -70,7 +91,8 @@ def _columns(in_bytes: bool) -> list[ProgressColumn]:
     )
 
     amount: list[ProgressColumn] = [DownloadColumn(), TransferSpeedColumn()] if in_bytes else [MofNCompleteColumn()]
-    return [TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn()]
+    words = TextColumn("{task.fields[text]}")
+    return [TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn(), words]
 
 
 @contextmanager

@@ -98,6 +98,10 @@ class Workspace:
             self.notes += ("the base is not used: every source has a graph of its own",)
         return self._unify(opened, target)
 
+    def open_one(self, value: SourceLike, label: str) -> Source:
+        """One model, in its own format."""
+        return self._open(value, label, None)
+
     def _open(self, value: SourceLike, label: str, base: Source | None) -> Source:
         self._all_live &= live.is_model(value)
         if live.is_model(value):

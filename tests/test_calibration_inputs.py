@@ -119,7 +119,7 @@ def test_an_npz_is_read_by_names_and_its_labels_are_not(names: list[str], tmp_pa
 def test_members_of_an_npz_are_read_block_by_block(
     save: Any, order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kmerge.calibration.stored._BLOCK", 200)
+    monkeypatch.setattr("kmerge.data.columns.BLOCK", 200)
     save(tmp_path / "x.npz", x=np.asarray(IMAGES, order=order))  # type: ignore[call-overload]
     inputs = read_inputs(str(tmp_path / "x.npz"), three(), samples=11)
     np.testing.assert_array_equal(inputs.arrays[0], IMAGES[rows_of(inputs)])
@@ -502,9 +502,15 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert refused("x.npz") == f"{tmp_path / 'x.npz'} does not exist: check the path."
-    assert refused(".") == f"{tmp_path} is a folder: expected a .npz or .npy with inputs."
-    (tmp_path / "x.csv").write_text("1,2,3")
-    assert refused("x.csv") == ("x.csv is neither an .npz nor a .npy: write inputs with np.savez('x.npz', x=x).")
+    assert refused(".") == (
+        f"{tmp_path} is a folder without data: expected a folder of images for each class, images, or tables "
+        "or records of one kind."
+    )
+    (tmp_path / "x.dat").write_text("1,2,3")
+    assert refused("x.dat") == (
+        "x.dat is no file of data that kmerge reads (.npz, .npy, .csv, .tsv, .parquet, .tfrecord, or a folder of "
+        "images): write inputs with np.savez('x.npz', x=x)."
+    )
     np.save(tmp_path / "x.npy", IMAGES)
     data = (tmp_path / "x.npy").read_bytes()
     (tmp_path / "cut.npy").write_bytes(data[:-5])

@@ -81,6 +81,15 @@ def inputs(name: str = "inputs.npz") -> None:
     np.savez(name, x=np.random.default_rng(0).random((64, 8, 8, 1), dtype="float32"))
 
 
+def labelled() -> None:
+    """Rows with labels for two of the convolutional fixtures: in one file, and in one for each."""
+    random = np.random.default_rng(0)
+    x, y = random.random((40, 8, 8, 1), np.float32), random.integers(0, 2, 40)
+    np.savez("labelled.npz", x=x, y_cnn_a=y, y_cnn_b=y)
+    for label in "ab":
+        np.savez(f"{label}.npz", x=x, y=y)
+
+
 def files() -> set[str]:
     return set(os.listdir())
 
@@ -630,6 +639,9 @@ def test_examples_in_the_help_run(here: Path, command: click.Command, monkeypatc
     monkeypatch.setenv("HOME", str(here))
     (here / ".config/fish/completions").mkdir(parents=True)
     inputs()
+    if command.name == "finetune":
+        ok("combine", "cnn_a.keras", "cnn_b.keras", "-o", "merged.keras", "--method", "mean")
+        labelled()
     examples = list(_examples(command))
     assert examples
     for line in examples:

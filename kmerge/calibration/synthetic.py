@@ -10,7 +10,8 @@ import numpy as np
 
 from kmerge.calibration import patterns
 from kmerge.calibration.evidence import Reading, Statistics, first_kernels, first_statistics, readings
-from kmerge.calibration.inputs import FEWEST, ROWS, Entry, Inputs, entries, generator
+from kmerge.calibration.inputs import FEWEST, ROWS, Inputs
+from kmerge.data import Entry, entries, generator
 from kmerge.errors import DataError, PlanError
 from kmerge.graph import Ref, flatten
 from kmerge.layout import source_graph

@@ -194,8 +194,10 @@ def _report_path(_: click.Context, __: click.Parameter, value: str | None) -> st
     "--data",
     multiple=True,
     metavar="FILE|LABEL=FILE",
-    help="Inputs without labels, .npz or .npy, to run the models on: for methods that need some, and to measure how "
-    "well each head agrees with its source. One file for all, or LABEL=FILE for each (repeatable). Without it, methods "
+    help="Inputs, whose labels are not read, to run the models on: for methods that need some, and to measure how well "
+    "each head agrees with its source. "
+    "A .npz, .npy, .csv, .tsv, .parquet or .tfrecord, or a folder of images. "
+    "One file for all, or LABEL=FILE for each (repeatable). Without it, methods "
     "that need inputs make some up.",
 )
 @click.option(

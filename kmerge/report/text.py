@@ -31,6 +31,7 @@ from kmerge.report.words import (
     summary_rows,
 )
 from kmerge.store.limits import human
+from kmerge.tune import Tuning
 
 Part = RenderableType
 """What a view is made of. A plain `str` is a line to be printed as it is, without wrapping."""
@@ -97,6 +98,25 @@ def conversion_table(report: Conversion) -> Part:
             ("training", carried),
         ]
     )
+
+
+def tuning_table(tuning: Tuning) -> Part:
+    """What a training did, in a few lines."""
+    rows = [
+        ("data", tuning.description),
+        ("steps", f"{tuning.steps:,}, in {tuning.seconds:.1f} s"),
+        ("kept", f"the state after epoch {tuning.epoch}" if tuning.epoch else "the state at the start"),
+    ]
+    for before, after in zip(tuning.before, tuning.after, strict=True):
+        rows.append((f"'{after.output}' agrees", f"{percent(after.value)}, before {percent(before.value)}"))
+    if not tuning.after:
+        names = [name for name in tuning.scores_after if name != "val_loss" and name in tuning.scores_before]
+        for name in names:
+            shown = f"{tuning.scores_after[name]:.4f}, before {tuning.scores_before[name]:.4f}"
+            rows.append((name.removeprefix("val_"), shown))
+    if tuning.output:
+        rows.append(("written", tuning.output))
+    return _facts(rows)
 
 
 def plan_table(report: Report) -> Part:

@@ -1,0 +1,192 @@
+"""Two processes on this machine train one model, and end with the weights of one process; one is lost, and they resume.
+
+    python benchmarks/distributed.py --engine jax          pip install 'kmerge[jax]'
+    python benchmarks/distributed.py --engine tensorflow
+
+Prints JSON: the largest difference between the weights of two processes and of one, on the same global batches; what
+the other one says when one is killed; and the difference after all were started again with `resume`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
+SOURCES = {"low": "mlp_a.keras", "middle": "mlp_b.keras", "high": "mlp_c.keras"}
+EPOCHS = 3
+
+
+def train(folder: Path, healing: bool, slow: bool, resume: bool) -> None:
+    """What each process does: the same call of `fine_tune`."""
+    import keras
+    from sklearn.datasets import load_digits
+
+    import kmerge
+
+    images, digits = load_digits(return_X_y=True)
+    images = (images / 16).astype("float32")
+    tasks = {"low": (0, 5), "middle": (5, 8), "high": (8, 10)}
+    labels = {name: np.where((digits >= a) & (digits < b), digits - a, -1) for name, (a, b) in tasks.items()}
+    sources = {label: FIXTURES / name for label, name in SOURCES.items()}
+
+    class Slow(keras.callbacks.Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, batch: int, logs: object = None) -> None:
+            time.sleep(0.1)
+
+    kmerge.fine_tune(
+        folder / "merged.keras",
+        images if healing else (images, labels),
+        teachers=sources if healing else None,
+        epochs=EPOCHS,
+        batch_size=50,  # the last batch of an epoch is smaller, and odd
+        checkpoints=folder / "checkpoints",
+        resume=resume,
+        callbacks=[Slow()] if slow else [],
+        output=folder / "tuned.keras",
+        force=True,
+    )
+
+
+def process(arguments: argparse.Namespace) -> None:
+    """One process: set up by Keras or TensorFlow, then as above."""
+    work = (arguments.folder, arguments.healing, arguments.slow, arguments.resume)
+    if arguments.count == 1:
+        return train(*work)
+    addresses = [f"127.0.0.1:{port}" for port in arguments.ports]
+    if arguments.engine == "jax":
+        import jax
+
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        import keras
+
+        keras.distribution.initialize(addresses[0], arguments.count, arguments.rank)
+        keras.distribution.set_distribution(keras.distribution.DataParallel(auto_shard_dataset=False))
+        return train(*work)
+    cluster = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": arguments.rank}}
+    os.environ["TF_CONFIG"] = json.dumps(cluster)
+    import tensorflow as tf
+
+    with tf.distribute.MultiWorkerMirroredStrategy().scope():
+        train(*work)
+    return None
+
+
+def start(engine: str, folder: Path, count: int, *options: str) -> list[subprocess.Popen[str]]:
+    ports = []
+    for _ in range(count):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(str(free.getsockname()[1]))
+    backend = {"KERAS_BACKEND": engine, "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
+    command = [sys.executable, __file__, "--engine", engine, "--folder", str(folder), "--count", str(count), *options]
+    return [
+        subprocess.Popen(
+            [*command, "--rank", str(rank), "--ports", *ports],
+            env={**os.environ, **backend},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(count)
+    ]
+
+
+def finished(running: list[subprocess.Popen[str]], what: str) -> None:
+    for number, one in enumerate(running):
+        text, _ = one.communicate(timeout=300)
+        if one.returncode:
+            for other in running:
+                other.kill()
+            raise SystemExit(f"{what}: process {number} ended with {one.returncode}:\n{text[-3000:]}")
+
+
+def weights(folder: Path) -> list[np.ndarray]:
+    import zipfile
+
+    import h5py
+
+    with (
+        zipfile.ZipFile(folder / "tuned.keras") as archive,
+        archive.open("model.weights.h5") as member,
+        h5py.File(member) as file,
+    ):
+        found: list[np.ndarray] = []
+        file.visititems(lambda name, item: found.append(item[()]) if isinstance(item, h5py.Dataset) else None)
+    return found
+
+
+def difference(one: Path, two: Path) -> float:
+    pairs = zip(weights(one), weights(two), strict=True)
+    return max(float(np.abs(a - b).max()) for a, b in pairs)
+
+
+def lost(engine: str, folder: Path, options: list[str]) -> dict[str, object]:
+    """Kill one of two when there is a checkpoint; what the other does, and where all end when started again."""
+    running = start(engine, folder, 2, "--slow", *options)
+    while not (folder / "checkpoints" / "training.npz").exists():
+        if any(one.poll() is not None for one in running):
+            finished(running, "before one was to be lost")
+        time.sleep(0.1)
+    running[1].send_signal(signal.SIGKILL)
+    begun = time.perf_counter()
+    text, _ = running[0].communicate(timeout=300)
+    said = [line for line in text.splitlines() if "kmerge.errors" in line or "UNAVAILABLE" in line]
+    running[1].communicate()
+    finished(start(engine, folder, 2, "--resume", *options), "resumed")
+    return {
+        "exit status of the other": running[0].returncode,
+        "seconds until then": round(time.perf_counter() - begun, 1),
+        "what it said": said[-1] if said else text[-600:],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--engine", choices=("jax", "tensorflow"), default="tensorflow")
+    for name in ("--healing", "--slow", "--resume"):
+        parser.add_argument(name, action="store_true")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--count", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--ports", nargs="*", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.rank is not None:
+        return process(arguments)
+    import kmerge
+
+    options = ["--healing"] if arguments.healing else []
+    with tempfile.TemporaryDirectory() as place:
+        folders = [Path(place) / name for name in ("one", "two", "lost")]
+        for folder in folders:
+            folder.mkdir()
+            kmerge.combine(
+                {label: FIXTURES / name for label, name in SOURCES.items()}, folder / "merged.keras", method="align"
+            )
+        finished(start(arguments.engine, folders[0], 1, *options), "one process")
+        finished(start(arguments.engine, folders[1], 2, *options), "two processes")
+        scale = max(float(np.abs(array).max()) for array in weights(folders[0]))
+        result: dict[str, object] = {
+            "engine": arguments.engine,
+            "kind": "healing" if arguments.healing else "labels",
+            "largest weight": scale,
+            "two processes against one": difference(folders[0], folders[1]),
+        }
+        result["one lost"] = lost(arguments.engine, folders[2], options)
+        result["resumed against one"] = difference(folders[0], folders[2])
+        print(json.dumps(result, indent=2))
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""What a training was asked to be, checked by itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kmerge.errors import PlanError
+from kmerge.tune.moving import check_train
+from kmerge.tune.student import WEIGHTINGS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. None means: as suits the kind of training.
+
+    Attributes:
+        train: "all", "heads", "last:K" (heads and the last K layers of the trunk with weights); None: what the layers'
+            own `trainable` says.
+        loss, metrics: by head, or one for all; default: what its source was trained with.
+        loss_weights: by head or in their order, "uncertainty", "gradnorm" or "pcgrad"; default equal.
+        epochs: passes over the data, of the longest where there are several; default 12, and more where these are few
+            steps.
+        minutes: after which training ends; with it and without epochs, as many as fit.
+        batch_size: rows per step, of all heads together; default 64.
+        learning_rate: the highest; it rises over the first steps and falls to 0 along half a cosine. Default 0.001; in
+            healing less where the start agrees well, down to 0.0002.
+        optimizer: name or Keras optimizer; default Adam. One that is given as an object keeps its own rate, unless
+            learning_rate is given too.
+        temperature: of the distillation, default 4; infinity matches logits.
+        features: weight of the loss between trunk features; 0 for none.
+        trunk_rate, layer_decay: factor on the learning rate in the trunk, and once more for each layer towards the
+            input.
+        adapters: rank of low-rank adapters in place of the heads' kernels.
+        batch_norm: "auto" (inference mode when healing or frozen), "fixed" or "moving".
+        mix: rows of each batch by head, as a ratio; default equal.
+        validation_split: share of the rows that is held back.
+        patience: epochs without a better state after which training ends.
+        samples: how many inputs to make up where none are given.
+        cache: bytes on disk for what the teachers gave.
+        checkpoints: folder to save the state of the training in, so that it can be resumed.
+        resume: go on from there.
+        every: seconds between two checkpoints within an epoch.
+        tensorboard: folder for TensorBoard's logs.
+        mixed_precision: compute in bfloat16.
+        jit: compile with XLA; None: where the backend does so by itself, but not on TensorFlow.
+        callbacks: Keras callbacks.
+        seed: of everything random.
+    """
+
+    train: str | None = None
+    loss: Any = None
+    metrics: Any = None
+    loss_weights: Any = None
+    epochs: int | None = None
+    minutes: float | None = None
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    optimizer: Any = None
+    temperature: float | None = None
+    features: float = 0.0
+    trunk_rate: float = 1.0
+    layer_decay: float = 1.0
+    adapters: int | None = None
+    batch_norm: str = "auto"
+    mix: Mapping[str, float] | None = None
+    validation_split: float = 0.1
+    patience: int | None = None
+    samples: int | None = None
+    cache: int = 4 << 30
+    checkpoints: Path | None = None
+    resume: bool = False
+    every: float = 60.0
+    tensorboard: Path | None = None
+    mixed_precision: bool = False
+    jit: bool | None = None
+    callbacks: Sequence[Any] = ()
+    seed: int = 0
+    say: Callable[[str], None] = field(default=lambda _: None, compare=False)
+
+    @property
+    def weighting(self) -> str:
+        return self.loss_weights if isinstance(self.loss_weights, str) and self.loss_weights != "equal" else ""
+
+
+_WHOLE = {"epochs": 1, "batch_size": 1, "adapters": 1, "patience": 1, "samples": 8, "seed": 0, "cache": 0}
+_ABOVE = ("minutes", "learning_rate", "temperature", "trunk_rate", "layer_decay", "every")
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuse what is wrong whatever the model and the data are.
+
+    Raises:
+        PlanError: naming the setting, what it is and what was expected.
+    """
+    check_train(settings.train)
+    for name, least in _WHOLE.items():
+        value = getattr(settings, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise PlanError(f"{name} is {value!r}: expected a whole number of at least {least}.")
+    for name in _ABOVE:
+        value = getattr(settings, name)
+        if value is not None and (not _is_number(value) or not value > 0):
+            raise PlanError(f"{name} is {value!r}: expected a number above 0.")
+    for name in ("minutes", "learning_rate", "trunk_rate", "layer_decay"):
+        if getattr(settings, name) == math.inf:
+            raise PlanError(f"{name} is infinite: expected a number.")
+    if not _is_number(settings.features) or not 0 <= settings.features < math.inf:
+        raise PlanError(f"features is {settings.features!r}: expected a weight of at least 0.")
+    if not _is_number(settings.validation_split) or not 0 <= settings.validation_split < 1:
+        raise PlanError(f"validation_split is {settings.validation_split!r}: expected a share from 0 to below 1.")
+    if settings.batch_norm not in ("auto", "fixed", "moving"):
+        raise PlanError(f"batch_norm is {settings.batch_norm!r}: expected auto, fixed or moving.")
+    if settings.weighting and settings.weighting not in WEIGHTINGS:
+        raise PlanError(
+            f"loss_weights is '{settings.loss_weights}': expected equal, {', '.join(WEIGHTINGS)}, or numbers."
+        )
+    if settings.resume and settings.checkpoints is None:
+        raise PlanError("resume needs the folder of the checkpoints: give --checkpoints FOLDER.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)

@@ -1,0 +1,601 @@
+"""A training from end to end: an ordinary `compile` and `fit` of a copy, whose best state is handed back."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kmerge.agreement import Agreement, measure_agreement, percent
+from kmerge.data import Dataset, Entry, Reading, generator, open_dataset, open_parts
+from kmerge.data.dataset import Indexed
+from kmerge.errors import MergeError, PlanError
+from kmerge.live import one_line, quiet
+from kmerge.methods.registry import Array
+from kmerge.progress import Progress
+from kmerge.tune.checkpoint import fingerprint, forget, load_state
+from kmerge.tune.feed import Column, Feed, Part, count_rows, shares
+from kmerge.tune.heads import Head, heads_of, logits_of
+from kmerge.tune.keeper import Course, Watch, make_keeper, put_values, values_of
+from kmerge.tune.losses import distilled_loss, equal_decisions, is_sparse, masked_loss, masked_metric
+from kmerge.tune.moving import Plain, parts_of, rates, scaled_optimizer, set_moving
+from kmerge.tune.processes import processes
+from kmerge.tune.recorded import losses_of, metrics_of
+from kmerge.tune.result import Tuning
+from kmerge.tune.settings import Settings
+from kmerge.tune.student import make_student
+from kmerge.tune.teachers import Passes, make_teachers, spread, taught
+from kmerge.tune.workers import Workers, measured, predicted
+
+EPOCHS, BATCH = 12, 64
+STEPS, MOST_EPOCHS = 1000, 100
+"""Fewer steps than these are made up for by more epochs."""
+RATE, GENTLE, PER_GAP = 1e-3, 2e-4, 2.5e-2
+"""The learning rate, what it is at least in healing, and how it grows with what agreement lacks: a good start is soon
+undone by large steps, and a bad one needs them."""
+TEMPERATURE = 4.0
+WARM = 0.05
+"""Share of the steps in which the learning rate rises."""
+UNSEEN = 0.1
+"""Share of calibration inputs that a merge is not fitted to, as `kmerge.fuse` draws them."""
+CHECKED = 2000
+"""Training rows on which agreement is measured where none are held back."""
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is to be trained.
+
+    Attributes:
+        copy: gives a new live copy at each call.
+        entries: inputs that data are given for; of one source where inputs are separate.
+        copies: how often the model takes them.
+        labels: of the sources; none where they are not known.
+        roles: "shared" or "private" per layer, where a merge recorded them.
+        training: training configuration of each source, by label.
+        trunk_ends: name of the layer in each source where its trunk ends, by label.
+    """
+
+    copy: Callable[[], Any]
+    entries: tuple[Entry, ...]
+    copies: int = 1
+    labels: tuple[str, ...] = ()
+    roles: Mapping[str, str] | None = None
+    training: Mapping[str, Any] | None = None
+    trunk_ends: Mapping[str, str] | None = None
+    trunk_end: str = ""
+    calibrated: tuple[int, int] | None = None
+    """Rows and seed of the calibration of a merge, where its inputs were given."""
+
+
+def tune(
+    subject: Subject,
+    data: Any,
+    teachers: Mapping[str, Any],
+    settings: Settings,
+    folder: Path,
+    progress: Progress,
+    synthetic: bool = False,
+) -> Tuning:
+    """Train a copy of a model.
+
+    Args:
+        subject: the model.
+        data: rows with labels, or without where there are teachers: anything that kmerge.data opens, or that by label.
+        teachers: live copies of the sources by label; none: labels teach.
+        settings: how.
+        folder: for temporary files.
+        progress: told the steps.
+        synthetic: whether the inputs are made up.
+
+    Raises:
+        KmergeError: with what happened and how to go on.
+    """
+    return _Run(subject, data, teachers, settings, folder, progress, synthetic).tuned()
+
+
+class _Run:
+    """One training."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        data: Any,
+        teachers: Mapping[str, Any],
+        settings: Settings,
+        folder: Path,
+        progress: Progress,
+        synthetic: bool,
+    ) -> None:
+        self.subject, self.settings, self.folder, self.progress = subject, settings, folder, progress
+        self.synthetic, self.healing = synthetic, bool(teachers)
+        self.started = time.perf_counter()
+        self.notes: list[str] = []
+        self.processes = processes()
+        self._check_processes()
+        self.net = subject.copy()
+        self.heads = heads_of(self.net, subject.labels)
+        self.plain = Plain(subject.copy(), self.net)
+        self.shapes = [tuple(tensor.shape) for tensor in self.net.outputs]
+        self.parts = parts_of(self.net, subject.roles)
+        self.sets = self._opened(data)
+        self.teachers: Any = self._teachers(teachers) if self.healing else None
+        self.student = self._student()
+
+    def _check_processes(self) -> None:
+        """Raises:
+        PlanError: if the settings need what several processes cannot agree on.
+        """
+        settings, several = self.settings, self.processes
+        if several.count == 1:
+            return
+        if settings.minutes is not None:
+            raise PlanError("minutes are measured by each process for itself, and these would part: give epochs.")
+        if several.engine == "tensorflow" and settings.weighting not in ("", "uncertainty"):
+            raise PlanError(f"{settings.weighting} needs the gradients of all workers: give loss weights as numbers.")
+
+    # ------------------------------------------------------------------------------------------------------- data
+
+    def _opened(self, data: Any) -> dict[str, tuple[Passes, Passes | None]]:
+        """Rows to learn from and rows that are held back, by label; "" for those of all heads."""
+        labels = list(dict.fromkeys(head.label for head in self.heads))
+        names = [head.name for head in self.heads]
+        entries, reading = self.subject.entries, Reading(targets=not self.healing)
+        inputs = {name for entry in entries for name in entry.names}
+        opened: dict[str, Dataset]
+        if isinstance(data, Mapping) and bool(data) and set(map(str, data)) <= set(labels) - inputs:
+            opened = {
+                str(label): open_dataset(value, entries, names, reading, f" of '{label}'")
+                for label, value in data.items()
+            }
+        else:
+            opened = {label or "": part for label, part in open_parts(data, entries, names, reading).items()}
+        share, seed, drawn = self.settings.validation_split, self.settings.seed, self.subject.calibrated
+        if share and drawn and list(opened) == [""] and isinstance(whole := opened[""], Indexed):
+            return {"": _split_apart(whole, share, seed, *drawn)}
+        return {label: part.split(share, seed) if share else (part, None) for label, part in opened.items()}
+
+    def _teachers(self, models: Mapping[str, Any]) -> Any:
+        settings, ends = self.settings, self.subject.trunk_ends or {}
+        if settings.features and not ends:
+            raise PlanError(
+                "features needs to know where each source's trunk ends: give a model file that kmerge merged and that "
+                "shares a trunk, or leave features out."
+            )
+        features = {label: ends[label] for label in models if label in ends} if settings.features else {}
+        teachers = make_teachers(models, self.heads, self.shapes, features, self.processes)
+        taught_sets: dict[str, tuple[Passes, Passes | None]] = {}
+        for number, (label, (train, held)) in enumerate(self.sets.items()):
+            places = [self.folder / f"{name}_{number}" for name in ("train", "held")]
+            limit, seed = settings.cache, settings.seed
+            taught_sets[label] = (
+                taught(train, teachers, places[0], limit, seed),
+                None if held is None else taught(held, teachers, places[1], limit, seed),
+            )
+        self.sets = taught_sets
+        return teachers
+
+    # ---------------------------------------------------------------------------------------------------- the model
+
+    def _student(self) -> Any:
+        settings = self.settings
+        fixed = settings.batch_norm == "fixed" or (self.healing and settings.batch_norm == "auto")
+        self.notes += set_moving(self.net, self.parts, settings.train, settings.adapters, fixed)
+        tensors = {head.name: self.net.outputs[head.place] for head in self.heads}
+        if settings.mixed_precision:
+            _lower(self.net)
+        metrics: dict[str, list[Any]]
+        halves: list[str] = []
+        if self.healing:
+            outputs, losses, columns, metrics, halves = self._distillation(tensors)
+        else:
+            training = self.subject.training or {}
+            plain = losses_of(self.heads, settings.loss, training, self.notes)
+            found = metrics_of(self.heads, settings.metrics, training, plain)
+            outputs, losses = tensors, {name: masked_loss(loss) for name, loss in plain.items()}
+            metrics = {name: [masked_metric(m, plain[name]) for m in items] for name, items in found.items()}
+            halves = [name for name, loss in plain.items() if type(loss).__name__ == "MeanSquaredError"]
+            columns = [
+                Column(head.name, "int32", self.shapes[head.place][1:-1])
+                if is_sparse(plain[head.name])
+                else Column(head.name, "float32", self.shapes[head.place][1:])
+                for head in self.heads
+            ]
+        self.columns = columns
+        last = [v for layer in self.parts.trunk[-1:] for v in layer.trainable_variables]
+        student = make_student(
+            self.net.inputs,
+            outputs,
+            plain=self.plain,
+            losses=losses,
+            weights=self._weights(losses),
+            weighting=settings.weighting,
+            halves=halves,
+            fixed=fixed and self.healing,
+            shared=last,
+        )
+        if not student.trainable_variables:
+            raise PlanError("Nothing moves: every layer is frozen. Say what is to move with --train all or last:K.")
+        self.metrics = metrics
+        _seed(student, settings.seed)
+        return student
+
+    def _distillation(self, tensors: Mapping[str, Any]) -> Any:
+        """Logits and features as outputs, with a loss for each."""
+        settings = self.settings
+        temperature = TEMPERATURE if settings.temperature is None else settings.temperature
+        spreads = [spread(self.teachers, train, settings.seed) for train, _ in self.sets.values()]
+        scale = {name: float(np.mean([found[name] for found in spreads])) for name in spreads[0]}
+        outputs = {head.name: logits_of(tensors[head.name]) for head in self.heads}
+        losses = {h.name: distilled_loss(h.ending, temperature, scale[h.name]) for h in self.heads}
+        columns = [Column(head.name, "float32", self.shapes[head.place][1:]) for head in self.heads]
+        metrics = {head.name: [equal_decisions(head.ending)] for head in self.heads if head.ending}
+        names = [name for name in scale if name not in losses]
+        halves = [head.name for head in self.heads if not head.ending] + names
+        for number, name in enumerate(names):
+            outputs[name], shape = self._mapped(name, number)
+            losses[name] = distilled_loss("", 1.0, scale[name])
+            columns.append(Column(name, "float32", shape))
+        return outputs, losses, columns, metrics, halves
+
+    def _mapped(self, name: str, number: int) -> tuple[Any, tuple[int | None, ...]]:
+        """The features of the trunk through a linear map to those of one source, which is thrown away in the end."""
+        import keras
+
+        tensor = self.net.get_layer(self.subject.trunk_end).output
+        place = [n for names in self.teachers.names for n in names].index(name)
+        outputs = [output for model in self.teachers.models for output in model.outputs]
+        wanted = outputs[place].shape
+        start = keras.initializers.GlorotUniform(seed=self.settings.seed + number)
+        last = -1
+        layer = keras.layers.Dense(wanted[last], kernel_initializer=start, name=f"features_{number}")
+        return layer(tensor), tuple(wanted[1:])
+
+    def _weights(self, losses: Mapping[str, Any]) -> dict[str, float]:
+        given = self.settings.loss_weights
+        found = {name: self.settings.features if name not in {h.name for h in self.heads} else 1.0 for name in losses}
+        if given is None or isinstance(given, str):
+            return found
+        labels = list(dict.fromkeys(head.label for head in self.heads))
+        if not isinstance(given, Mapping):
+            values = list(given)
+            if len(values) != len(labels):
+                raise PlanError(f"There are {len(values)} loss weights for {len(labels)} heads: give one per head.")
+            given = dict(zip(labels, values, strict=True))
+        for key, value in given.items():
+            own = [head.name for head in self.heads if key in (head.name, head.label)]
+            if not own:
+                raise PlanError(f"A loss weight is given for '{key}', but the heads are {', '.join(labels)}.")
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise PlanError(f"The loss weight of '{key}' is {value!r}: expected a number of at least 0.")
+            found |= dict.fromkeys(own, float(value))
+        return found
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def tuned(self) -> Tuning:
+        settings, student = self.settings, self.student
+        train, held = self._feeds()
+        epochs = settings.epochs or max(EPOCHS, min(MOST_EPOCHS, math.ceil(STEPS / train.steps)))
+        variables = list(student.trainable_variables)
+        mark = self._mark(train) if settings.checkpoints else ""
+        state = load_state(settings.checkpoints, mark) if settings.resume and settings.checkpoints else None
+        if settings.resume and state is None:
+            self.notes.append("there is no checkpoint to resume from, so training began at the start")
+        known = state.facts.get("total") if state else None
+        total = int(known) if known else epochs * train.steps
+        if settings.minutes is not None and state is None:
+            fits = self._steps_that_fit(train)
+            total = min(total, fits) if settings.epochs else max(1, fits)
+        epochs = math.ceil(total / train.steps)
+        measure = self._measure(held)
+        self._compile(self._optimizer(total, RATE))
+        before, scores = measure()
+        rate = RATE
+        if self.healing:
+            rate = min(max(PER_GAP * (1 - scores["val_agreement"]), GENTLE), RATE)
+        optimizer = self._optimizer(total, rate)
+        optimizer = scaled_optimizer(optimizer, variables, rates(self.parts, settings.trunk_rate, settings.layer_decay))
+        self._compile(optimizer)
+        assert [id(v) for v in student.trainable_variables] == [id(v) for v in variables]
+        optimizer.build(variables)
+        base = scores
+        least = scores["val_agreement"] if self.healing else None
+
+        def score() -> dict[str, float]:
+            return self._scored(measure()[1], base)
+
+        watch = Watch(
+            score,
+            least,
+            train.steps,
+            epochs,
+            total,
+            settings.minutes * 60 if settings.minutes else None,
+            settings.patience,
+            settings.checkpoints if self.processes.is_first else None,
+            settings.every,
+            mark,
+            self.progress,
+            settings.say,
+        )
+        course = Course(best_score=self._scored(scores, base)["val_score"] if self.healing else math.inf)
+        if state is not None:
+            course = replace(course, **state.facts["course"], best=list(state.groups["best"]) or None)
+            put_values(student.variables, state.groups["model"])
+            put_values(optimizer.variables, state.groups["optimizer"])
+        elif settings.checkpoints is not None and self.processes.is_first:
+            forget(settings.checkpoints)
+        self._fit(train, watch, course)
+        return self._result(course, before, scores, measure)
+
+    def _feeds(self) -> tuple[Feed, Feed]:
+        settings = self.settings
+        size = settings.batch_size or BATCH
+        labels = list(self.sets)
+        ratio = [float((settings.mix or {}).get(label, 1.0)) for label in labels]
+        feeds = []
+        every = tuple(column.name for column in self.columns)
+        for place in (0, 1):
+            parts = []
+            for label, share in zip(labels, shares(size, ratio), strict=True):
+                data = self.sets[label][place] or self.sets[label][0]
+                own = every if self.healing or not label else tuple(h.name for h in self.heads if h.label == label)
+                rows = count_rows(data)
+                if not rows:
+                    raise PlanError("There are no rows to learn from.")
+                parts.append(Part(data, own, share, rows))
+            feeds.append(Feed(parts, self.columns, self.subject.copies, settings.seed, self.processes))
+        return feeds[0], feeds[1]
+
+    def _optimizer(self, total: int, usual: float) -> Any:
+        import keras
+
+        given, rate = self.settings.optimizer, self.settings.learning_rate
+        if isinstance(given, keras.optimizers.Optimizer):
+            config = given.get_config()
+            if rate is not None:
+                config["learning_rate"] = rate
+            return type(given).from_config(config)
+        warm = min(max(1, round(WARM * total)), total - 1) if total > 1 else 0
+        high = usual if rate is None else rate
+        schedule = keras.optimizers.schedules.CosineDecay(
+            high / 20 if warm else high,
+            max(1, total - warm),
+            warmup_target=high if warm else None,
+            warmup_steps=warm,
+        )
+        try:
+            kind = type(keras.optimizers.get(given or "adam"))
+        except ValueError as error:
+            raise PlanError(f"The optimizer is {given!r}: expected a name or a Keras optimizer.") from error
+        return kind(learning_rate=schedule)
+
+    def _compile(self, optimizer: Any) -> None:
+        import keras
+
+        jit: Any = self.settings.jit
+        if jit is None:
+            jit = False if keras.backend.backend() == "tensorflow" else "auto"
+        metrics = {name: items for name, items in self.metrics.items() if items}
+        self.student.compile(optimizer=optimizer, weighted_metrics=metrics or None, jit_compile=jit)
+
+    def _steps_that_fit(self, train: Feed) -> int:
+        """How many steps the time allows, from a few that are made and undone."""
+        variables = self.student.variables
+        kept = values_of(variables)
+        self._compile(self._optimizer(100, RATE))
+        stream = train.stream()
+        for _ in range(3):
+            self.student.train_on_batch(*next(stream))
+        started, steps = time.perf_counter(), 0
+        while steps < 5 or (time.perf_counter() - started < 1.0 and steps < 100):
+            self.student.train_on_batch(*next(stream))
+            steps += 1
+        seconds = (time.perf_counter() - started) / steps
+        put_values(variables, kept)
+        assert self.settings.minutes is not None
+        return max(1, int(0.9 * self.settings.minutes * 60 / seconds))
+
+    def _fit(self, train: Feed, watch: Watch, course: Course) -> None:
+        if course.done:
+            return
+        callbacks = [make_keeper(watch, course), *self._tensorboard(), *self.settings.callbacks]
+        try:
+            epoch, within = divmod(course.step, watch.steps)
+            if within:  # the rest of the epoch in which a training was interrupted
+                self._fit_epochs(train, course, epoch, epoch + 1, watch.steps - within, callbacks)
+                epoch += 1
+            if epoch < watch.epochs and not course.done:
+                self._fit_epochs(train, course, epoch, watch.epochs, watch.steps, callbacks)
+        except (KeyboardInterrupt, SystemExit, PlanError):
+            raise
+        except Exception as error:
+            if type(error).__module__.startswith("kmerge."):
+                raise
+            if self.processes.count > 1:
+                raise MergeError(
+                    f"Process {self.processes.rank} of {self.processes.count} cannot go on, as when another is lost "
+                    f"({one_line(error)}): start all of them again, with resume where there are checkpoints."
+                ) from error
+            raise MergeError(f"Keras cannot train the model: {one_line(error)}.") from error
+
+    def _fit_epochs(self, train: Feed, course: Course, first: int, last: int, steps: int, callbacks: list[Any]) -> None:
+        # Keras reads ahead, so that each fit begins a stream of its own.
+        stream = train.stream(course.step)
+        if self.processes.engine == "tensorflow":
+            Workers(self.student, self.processes).fit(stream, first, last, steps, callbacks)
+            return
+        settings = {"initial_epoch": first, "epochs": last, "steps_per_epoch": steps, "callbacks": callbacks}
+        self.student.fit(stream, shuffle=False, verbose=0, **settings)
+
+    def _tensorboard(self) -> list[Any]:
+        if self.settings.tensorboard is None:
+            return []
+        if importlib.util.find_spec("tensorboard") is None:
+            raise PlanError("TensorBoard's logs need the package tensorboard: pip install tensorboard.")
+        import keras
+
+        return [keras.callbacks.TensorBoard(str(self.settings.tensorboard), write_graph=False)]
+
+    def _mark(self, train: Feed) -> str:
+        settings = self.settings
+        asked = {
+            key: value if isinstance(value, (int, float, str, type(None))) else str(type(value))
+            for key, value in vars(settings).items()
+            if key not in ("checkpoints", "resume", "every", "tensorboard", "callbacks", "say", "minutes", "cache")
+        }
+        facts = {"settings": asked, "rows": [part.rows for part in train.parts], "heads": [vars(h) for h in self.heads]}
+        return fingerprint(facts, values_of(self.student.variables))
+
+    # --------------------------------------------------------------------------------------------------- measuring
+
+    def _measure(self, held: Feed) -> Callable[[], tuple[tuple[Agreement, ...], dict[str, float]]]:
+        """What measures the model on the rows that were held back."""
+        if not self.healing:
+            return lambda: ((), self._evaluated(held))
+        return lambda: self._agreeing(held)
+
+    def _evaluated(self, held: Feed) -> dict[str, float]:
+        if self.processes.engine == "tensorflow":
+            return {f"val_{name}": value for name, value in measured(self.student, held.once()).items()}
+        count = sum(math.ceil(part.rows / 256) for part in held.parts)
+        with quiet():
+            found = self.student.evaluate(held.own(), steps=count, verbose=0, return_dict=True)
+        return {f"val_{name}": float(value) for name, value in found.items()}
+
+    def _agreeing(self, held: Feed) -> tuple[tuple[Agreement, ...], dict[str, float]]:
+        wanted: dict[str, list[Array]] = {}
+        given: dict[str, list[Array]] = {}
+        rows = 0
+        for x, y, *_ in held.once():
+            count = len(next(iter(y.values())))
+            if self.processes.engine == "tensorflow":
+                outputs = predicted(self.student, x)
+            else:
+                mine = self.student.predict_on_batch(self.processes.inputs(x))
+                outputs = self.processes.gathered(mine, count)
+            for name in self.student.head_losses:
+                wanted.setdefault(name, []).append(y[name])
+                given.setdefault(name, []).append(outputs[name])
+            rows += count
+            if self.settings.validation_split == 0 and rows >= CHECKED:
+                break
+        scores, agreements = {}, []
+        for name, loss in self.student.head_losses.items():
+            theirs, mine = np.concatenate(wanted[name]), np.concatenate(given[name])
+            scores[f"val_{name}_loss"] = float(loss(theirs, mine))
+            head = next((head for head in self.heads if head.name == name), None)
+            if head is not None:
+                agreements.append(_agreement(head, theirs, mine, self.synthetic))
+        weights = self.student.head_weights
+        scores["val_loss"] = sum(weights[name] * scores[f"val_{name}_loss"] for name in weights)
+        for item in agreements:
+            scores[f"val_{item.output}_agreement"] = item.value
+        scores["val_agreement"] = float(np.mean([item.value for item in agreements]))
+        return tuple(agreements), scores
+
+    def _scored(self, scores: dict[str, float], base: Mapping[str, float]) -> dict[str, float]:
+        """The scores with the one that is to be small: the losses of the heads against those at the start."""
+        heads = [f"val_{head.name}_loss" for head in self.heads]
+        counted = [name for name in heads if base.get(name, 0) > 0]  # a head without labels loses nothing
+        ratios = [scores[name] / base[name] for name in counted]
+        return {**scores, "val_score": float(np.mean(ratios)) if ratios else scores["val_loss"]}
+
+    # ------------------------------------------------------------------------------------------------------ the end
+
+    def _result(self, course: Course, before: Any, scores: Any, measure: Any) -> Tuning:
+        warnings = []
+        if course.best is not None:
+            put_values(self.student.variables, course.best)
+            self.plain.carry()
+            after, last = measure()
+        else:
+            after, last = before, scores
+            if self.healing:
+                warnings.append(
+                    "no state of the training agrees better with the sources than the model that was given, so that "
+                    "one is handed back: give more inputs, or inputs that are closer to those of the sources"
+                )
+        if not self.healing and course.best_score > 1:
+            warnings.append(
+                "the model does worse on the held-back rows than before the training: give more rows, a lower "
+                "--learning-rate, or move less with --train heads"
+            )
+        if course.stopped:
+            self.notes.append(f"training ended after {course.step} steps: {course.stopped}")
+        if self.healing and self.synthetic:
+            self.notes.append("agreement was measured on made-up inputs, and on real ones it may be another")
+        low = [item for item in after if item.value < 0.9]
+        if low:
+            shown = ", ".join(f"'{item.output}' {percent(item.value)}" for item in low)
+            warnings.append(f"heads still agree too little with their sources: {shown}")
+        return Tuning(
+            model=self.plain.model,
+            history={k: v for k, v in course.history.items() if k != "val_score"},
+            before=before,
+            after=after,
+            scores_before=scores,
+            scores_after=last,
+            epoch=course.best_epoch,
+            steps=course.step,
+            seconds=time.perf_counter() - self.started,
+            description=" and ".join(dict.fromkeys(train.description for train, _ in self.sets.values())),
+            warnings=tuple(warnings),
+            notes=tuple(self.notes),
+        )
+
+
+def _split_apart(
+    data: Indexed, share: float, seed: int, calibrated: int, seed_of_merge: int
+) -> tuple[Indexed, Indexed]:
+    """Held back are rows that the merge was not fitted to, if it was made with the same data: on rows that it was, it
+    would look better than it is, and so better than what comes of the training.
+    """
+    rows = data.rows
+    free = np.ones(rows, bool)
+    if calibrated <= rows:
+        drawn = np.arange(rows)
+        if calibrated < rows:
+            drawn = np.sort(generator(seed_of_merge, "rows").choice(rows, calibrated, replace=False))
+        unseen = min(max(round(UNSEEN * calibrated), 1), calibrated - 1)
+        fitted = generator(seed_of_merge, "split").permutation(calibrated)[unseen:]
+        free[drawn[fitted]] = False
+    count = min(max(round(share * rows), 1), rows - 1, int(free.sum()))
+    held = np.zeros(rows, bool)
+    held[generator(seed, "held back").permutation(np.flatnonzero(free))[:count]] = True
+    return replace(data, chosen=np.flatnonzero(~held)), replace(data, chosen=np.flatnonzero(held))
+
+
+def _agreement(head: Head, theirs: Array, mine: Array, synthetic: bool) -> Agreement:
+    """Agreement of logits, through what the head ends in."""
+    values = [_ended(head.ending, np.asarray(array, np.float64)) for array in (theirs, mine)]
+    return measure_agreement(head.label, head.name, values[0], values[1], synthetic, head.ending == "sigmoid")
+
+
+def _ended(ending: str, values: Array) -> Array:
+    if ending == "softmax":
+        powers = np.exp(values - values.max(-1, keepdims=True))
+        return np.asarray(powers / powers.sum(-1, keepdims=True))
+    return np.asarray(1 / (1 + np.exp(-np.clip(values, -700, 700)))) if ending == "sigmoid" else values
+
+
+def _seed(model: Any, seed: int) -> None:
+    """Let dropout draw by the seed: Keras draws a new start for it at each opening of a file that records none."""
+    states = [variable for variable in model.variables if variable.path.endswith("seed_generator_state")]
+    for number, variable in enumerate(states):
+        start = generator(seed, f"layer/{number}").integers(0, 2**31, variable.shape)
+        variable.assign(start.astype(str(variable.dtype)))
+
+
+def _lower(model: Any) -> None:
+    """Compute in bfloat16; weights stay as they are."""
+    for layer in model._flatten_layers():
+        if layer is not model and getattr(layer, "compute_dtype", "") == "float32":
+            layer.dtype_policy = "mixed_bfloat16"
