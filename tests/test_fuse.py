@@ -22,6 +22,7 @@ from kmerge.calibration.inputs import Inputs
 from kmerge.engine import merge_tensors
 from kmerge.fuse import model as fuse_model
 from kmerge.fuse import ridge
+from kmerge.fuse.batches import in_batches
 from kmerge.fuse.blend import FUNCTIONS, Sample, _metric, _Problem, blended, function_of
 from kmerge.fuse.clusters import cluster_units, distances
 from kmerge.fuse.model import UNSEEN, Fusion, fuse_models
@@ -156,6 +157,18 @@ def test_moments_are_those_of_the_rows(rows: int, width: int) -> None:
     mean, variance = fit.moments(kernel, slice(1, 3))
     np.testing.assert_allclose(mean, (x[:, 1:3] @ kernel).mean(axis=0), rtol=1e-9)
     np.testing.assert_allclose(variance, (x[:, 1:3] @ kernel).var(axis=0), rtol=1e-7)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_no_strength_is_chosen_by_the_rows_that_are_fitted(held: bool) -> None:
+    """Where all rows are held back, or none, the least strength would win, however much of them is chance."""
+    x, y, kernel = problem(40, 20, 3.0)
+    fit = Regression(20, 2)
+    fit.add(x, y, np.full(40, held))
+    found = fit.solve(np.zeros_like(kernel), True)
+    assert found.strength == ridge.UNTOLD
+    expected = closed_form(x, y, np.zeros_like(kernel), True, ridge.UNTOLD)
+    np.testing.assert_allclose(found.kernel, expected[0], atol=1e-9)
 
 
 # ---- clusters
@@ -599,6 +612,17 @@ def test_crossed_inputs_of_one_network_come_from_the_same_two() -> None:
     for first, second, owner in zip(*made.arrays, made.owners, strict=True):
         assert len({*first.ravel().astype(int).tolist(), *second.tolist()}) <= 2
         assert owner in {value % 3 for value in {*first.ravel().astype(int).tolist()}}
+
+
+@pytest.mark.parametrize("size", [7, 400_000, 1_000_000])
+def test_every_fifth_input_is_held_back_whatever_the_size_of_a_batch(size: int) -> None:
+    """Of inputs of a megabyte, fewer than five are run at a time."""
+    given = inputs_of(np.broadcast_to(np.arange(23, dtype="uint8")[:, None], (23, size)))
+    batches, held = in_batches(given, 0, np.random.default_rng(0))
+    assert all(len(batch[0]) == len(marks) for batch, marks in zip(batches, held, strict=True))
+    assert size == 7 or max(map(len, held)) <= 5
+    rows = np.concatenate([batch[0][marks, 0] for batch, marks in zip(batches, held, strict=True)])
+    assert rows.tolist() == [4, 9, 14, 19]
 
 
 # ---- whole fusions

@@ -325,7 +325,7 @@ def test_three_strangers_with_all_that_fusion_does(name: str, monkeypatch: pytes
     monkeypatch.setattr("kmerge.fuse.model.samples_of", samples_of)
     monkeypatch.setattr("kmerge.fuse.model.sensitivities", sensitivities)
     monkeypatch.setattr("kmerge.fuse.model.blended", blending)
-    monkeypatch.setattr("kmerge.fuse.model.crossed", crossing)
+    monkeypatch.setattr("kmerge.fuse.batches.crossed", crossing)
     strangers_work(zoo.TOPOLOGIES[name], 3)
     assert ROWS < made[0].rows < 2 * ROWS  # a part of what was given measures the agreement
     assert blends

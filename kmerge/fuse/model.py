@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from kmerge.agreement import Agreement, ends_in_sigmoid, measure_agreement
-from kmerge.calibration.enrich import crossed
 from kmerge.calibration.inputs import Inputs
 from kmerge.calibration.network import Network, Tape, open_network, to_numpy
 from kmerge.fuse.attention import attention_tasks
+from kmerge.fuse.batches import in_batches
 from kmerge.fuse.blend import blended
 from kmerge.fuse.context import Context, Passes, Task
 from kmerge.fuse.linear import linear_tasks
@@ -50,10 +50,6 @@ from kmerge.surgery import Merged, merge_graphs
 
 MEMORY = 64 << 20
 """Bytes of activations that each of both networks may keep between two steps."""
-BATCH_BYTES = 2 << 20
-"""Bytes of inputs that are run at a time."""
-HELD_BACK = 5
-"""One input of so many chooses the strength of the regressions."""
 ENOUGH = 1000
 """Inputs below which more are made out of pairs of them."""
 UNSEEN = 0.1
@@ -193,16 +189,8 @@ class _Run:
         shared = [number for number, layer in enumerate(plan.of_first) if layer.role == "shared" and layer.has_weights]
         spaces = layout_spaces(layout, shared)
         frame = Frame(layout.sources, spaces, tuple(space.size for space in spaces))
-        size = max(1, min(64, BATCH_BYTES // max(1, sum(array[:1].nbytes for array in inputs.arrays))))
         rng = np.random.default_rng(plan.seed)
-        batches, held = [], []
-        for batch in inputs.batches(size):
-            batches.append(batch)
-            held.append(np.arange(len(batch[0])) % HELD_BACK == HELD_BACK - 1)
-        if self.method == "fuse" and inputs.rows < ENOUGH:
-            for batch in crossed(inputs, ENOUGH - inputs.rows, rng).batches(size):
-                batches.append(batch)
-                held.append(np.zeros(len(batch[0]), dtype=bool))
+        batches, held = in_batches(inputs, ENOUGH if self.method == "fuse" else 0, rng)
         return Context(every, merged, frame, plan.weights, Tape(every, batches, MEMORY), held, rng)
 
     def _every(self, context: Context) -> list[Task]:
