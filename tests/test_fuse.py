@@ -17,7 +17,7 @@ from test_align import merge, twin_of
 
 from kmerge.agreement import measure_agreement
 from kmerge.assembly import assemble
-from kmerge.calibration.enrich import crossed
+from kmerge.calibration.enrich import channels_first, crossed
 from kmerge.calibration.inputs import Inputs
 from kmerge.engine import merge_tensors
 from kmerge.fuse import model as fuse_model
@@ -29,7 +29,7 @@ from kmerge.fuse.model import UNSEEN, Fusion, fuse_models
 from kmerge.fuse.pairing import assigned, correlations, transported, zipped
 from kmerge.fuse.pairs import Frame, Pair, arranged, by_position
 from kmerge.fuse.ridge import STRENGTHS, Regression, Solution
-from kmerge.layout import lay_out
+from kmerge.layout import lay_out, source_graph
 from kmerge.output import create_output
 from kmerge.planning import make_plan
 from kmerge.progress import silent
@@ -623,6 +623,38 @@ def test_every_fifth_input_is_held_back_whatever_the_size_of_a_batch(size: int) 
     assert size == 7 or max(map(len, held)) <= 5
     rows = np.concatenate([batch[0][marks, 0] for batch, marks in zip(batches, held, strict=True)])
     assert rows.tolist() == [4, 9, 14, 19]
+
+
+def test_no_input_is_made_of_one_that_is_held_back() -> None:
+    """Each value of input number k is k."""
+    given = inputs_of(np.ones((20, 6, 2), dtype="float32") * np.arange(20.0, dtype="float32")[:, None, None])
+    batches, held = in_batches(given, 80, np.random.default_rng(0))
+    arrays, marks = np.concatenate([batch[0] for batch in batches]), np.concatenate(held)
+    assert len(arrays) == 80
+    assert not marks[20:].any()
+    assert set(arrays[marks].ravel()) == {4, 9, 14, 19}
+    assert set(arrays[20:].ravel()) == set(range(20)) - {4, 9, 14, 19}
+
+
+def test_channels_that_stand_first_stay_together() -> None:
+    """Twelve channels of 5 by 4 positions: each input has the same at a position in all of them."""
+    given = np.ones((10, 12, 5, 4), dtype="float32") * np.arange(10.0, dtype="float32").reshape(10, 1, 1, 1)
+    (array,) = crossed(inputs_of(given), 30, np.random.default_rng(0), {0}).arrays
+    assert array.shape == (30, 12, 5, 4)
+    np.testing.assert_array_equal(array, array[:, :1].repeat(12, axis=1))
+    assert sum(len(np.unique(row)) == 2 for row in array) > 20
+
+
+def test_which_channels_stand_first_is_told_by_what_reads_them(tmp_path: Path) -> None:
+    import keras
+    from keras import layers
+
+    one, two = keras.Input((2, 6)), keras.Input((6, 2))
+    y = layers.MaxPooling1D(2, data_format="channels_first")(layers.Rescaling(0.5)(one))
+    z = layers.TimeDistributed(layers.Dense(3))(layers.Conv1D(3, 2, data_format="channels_last")(two))
+    model = keras.Model([one, two], [y, z])
+    with open_source(zoo.save(model, tmp_path / "a.keras"), "a") as source:
+        assert channels_first(source_graph(source)) == {0}
 
 
 # ---- whole fusions

@@ -317,8 +317,8 @@ def test_three_strangers_with_all_that_fusion_does(name: str, monkeypatch: pytes
         blends.append(given)
         return blended(*given)
 
-    def crossing(inputs: Inputs, rows: int, rng: np.random.Generator) -> Inputs:
-        made.append(crossed(inputs, rows, rng))
+    def crossing(inputs: Inputs, rows: int, *given: Any) -> Inputs:
+        made.append(crossed(inputs, rows, *given))
         return made[-1]
 
     monkeypatch.setattr("kmerge.fuse.model.ENOUGH", 2 * ROWS)

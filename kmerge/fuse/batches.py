@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
 from kmerge.calibration.enrich import crossed
@@ -25,7 +27,7 @@ def batch_size(inputs: Inputs) -> int:
 
 
 def in_batches(
-    inputs: Inputs, enough: int, rng: np.random.Generator
+    inputs: Inputs, enough: int, rng: np.random.Generator, first: Collection[int] = ()
 ) -> tuple[list[tuple[Array, ...]], list[Array]]:
     """All inputs, and more that are made of pairs of them where they are few.
 
@@ -33,16 +35,18 @@ def in_batches(
         inputs: to be fitted to.
         enough: below so many, more are made until there are as many.
         rng: source of random numbers.
+        first: numbers of the inputs whose channels stand before their positions.
 
     Returns:
         Batches, and for each which of its inputs are held back: every fifth of all that were given, whatever the size
-        of a batch.
+        of a batch. None is made of these, so that they tell of what was not fitted to.
     """
     size, held = batch_size(inputs), held_back(inputs.rows)
     batches = list(inputs.batches(size))
     marks = [held[start : start + size] for start in range(0, inputs.rows, size)]
     if inputs.rows < enough:
-        for batch in crossed(inputs, enough - inputs.rows, rng).batches(size):
+        fitted = inputs.take(np.flatnonzero(~held))
+        for batch in crossed(fitted, enough - inputs.rows, rng, first).batches(size):
             batches.append(batch)
             marks.append(np.zeros(len(batch[0]), dtype=bool))
     return batches, marks

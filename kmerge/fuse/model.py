@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from kmerge.agreement import Agreement, ends_in_sigmoid, measure_agreement
+from kmerge.calibration.enrich import channels_first
 from kmerge.calibration.inputs import Inputs
 from kmerge.calibration.network import Network, Tape, open_network, to_numpy
 from kmerge.fuse.attention import attention_tasks
@@ -190,7 +191,8 @@ class _Run:
         spaces = layout_spaces(layout, shared)
         frame = Frame(layout.sources, spaces, tuple(space.size for space in spaces))
         rng = np.random.default_rng(plan.seed)
-        batches, held = in_batches(inputs, ENOUGH if self.method == "fuse" else 0, rng)
+        first = channels_first(source_graph(layout.first))
+        batches, held = in_batches(inputs, ENOUGH if self.method == "fuse" else 0, rng, first)
         return Context(every, merged, frame, plan.weights, Tape(every, batches, MEMORY), held, rng)
 
     def _every(self, context: Context) -> list[Task]:
