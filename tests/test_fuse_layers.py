@@ -406,6 +406,34 @@ def test_what_cannot_be_fitted_is_that_of_the_first_source_and_told_of() -> None
         assert "--private odd" in notes[0]
 
 
+def test_a_layer_whose_axes_are_not_known_is_that_of_the_first_source_too() -> None:
+    """A layer of somebody's own: what stands on the axes of its weight, nobody told."""
+    import keras
+
+    @keras.saving.register_keras_serializable("fuse_layers")
+    class Gate(keras.layers.Layer):  # type: ignore[misc]
+        def build(self, shape: Any) -> None:
+            self.gate = self.add_weight(shape=(shape[-1],), initializer="random_normal", name="gate")
+
+        def call(self, x: Any) -> Any:
+            return x * keras.ops.sigmoid(self.gate)
+
+    def recipe(b: Any, x: Any) -> Any:
+        return b.head(Gate(name="odd")(b.Dense(5, activation="relu")(x)))
+
+    case = case_of("own", recipe, F(5))
+    with ExitStack() as stack:
+        source, _ = opened(case, stack)
+        other = stranger(source, "b", 1)
+        fusion, _ = fused([source, other], case.inputs(ROWS), trunk="all")
+        assert len([note for note in fusion.notes if "'odd'" in note and "'a' as it is" in note]) == 1
+        layer = fusion.merged.graph.layer_named("odd")
+        own = dict(fusion.merged.layers[layer].members)
+        one, two = (item.states[own[n]].weights[0].tensor.read() for n, item in enumerate((source, other)))
+        assert np.abs(one - two).max() > 1e-3
+        np.testing.assert_allclose(fusion.values[layer, 0], one, atol=1e-7)
+
+
 def test_steps_that_wait_for_all_calls_of_a_layer() -> None:
     """The layer that is called twice is solved behind the private ones that stand before its second call."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from kmerge.fuse.repair import repair_tasks
 from kmerge.fuse.scale import scale_tasks
 from kmerge.fuse.selection import selected
 from kmerge.fuse.sensitivity import Sensitivities, sensitivities
-from kmerge.fuse.unfitted import held_spaces, unfitted
+from kmerge.fuse.unfitted import held_spaces, left_layers, unfitted
 from kmerge.fuse.units import (
     Moments,
     clustered,
@@ -169,7 +169,7 @@ class _Run:
         context.merged = widened(context, context.merged)
         context.__dict__.pop("chains", None)
         tasks = self._tasks(context)
-        context.values = _guess(context)
+        context.values = _guess(context, left_layers(context, self._every(context)))
         context.own = self.open(context.merged, context.values, "merged")
         context.merged_tape = Tape(context.own, context.source_tape.batches, MEMORY)
         self.progress(2, len(tasks) + 2)
@@ -284,17 +284,24 @@ def _apart(plan: Plan) -> Plan:
     return _with_shared_inputs(replace(plan, layers=layers))
 
 
-def _guess(context: Context) -> dict[tuple[int, int], Array]:
-    """All weights of the merged network as merging and unmerging gives them."""
+def _guess(context: Context, left: Collection[int]) -> dict[tuple[int, int], Array]:
+    """All weights of the merged network as merging and unmerging gives them.
+
+    Args:
+        context: with pairs.
+        left: layers that cannot be fitted: they are those of the first source, as a reader is told.
+    """
     frame, found = context.frame, {}
     for layer, origin in enumerate(context.merged.layers):
         if not origin.members:
             continue
         source, own = origin.members[0]
-        shares = [context.shares[n] for n, _ in origin.members] if len(origin.members) > 1 else [1.0]
+        members = origin.members[:1] if layer in left else origin.members
+        shares = [context.shares[n] for n, _ in members] if len(members) > 1 else [1.0]
         for place in range(len(frame.sources[source].states[own].weights)):
-            places = [(n, number, place) for n, number in origin.members]
-            found[layer, place] = frame.merged_weight(context.pairs, places, shares)
+            found[layer, place] = frame.merged_weight(
+                context.pairs, [(n, number, place) for n, number in members], shares
+            )
     return found
 
 
