@@ -14,7 +14,7 @@ from kmerge.calibration.enrich import channels_first
 from kmerge.calibration.inputs import Inputs
 from kmerge.calibration.network import Network, Tape, open_network, to_numpy
 from kmerge.fuse.attention import attention_tasks
-from kmerge.fuse.batches import in_batches
+from kmerge.fuse.batches import held_back, in_batches
 from kmerge.fuse.blend import blended
 from kmerge.fuse.context import Context, Passes, Task
 from kmerge.fuse.linear import linear_tasks
@@ -107,14 +107,14 @@ def fuse_models(
     context = run.solved()
     merged = widened(context, merge_graphs(layout, plan))
     values = _moved(context, merged)
-    agreements = _agreements(context, layout, plan, unseen)
-    if plan.width == 1 and _maybe_related(layout, plan):
-        assert context.own is not None
-        context.own = run.open(context.merged, None, "mean", plan.weights)
-        means = _agreements(context, layout, plan, unseen)
-        if _average(means) >= _average(agreements):
-            run.notes.append("the plain mean of the weights agrees with the sources at least as well, so it was taken")
-            values, agreements = {}, means
+    if run.method == "fuse" and plan.width == 1 and _maybe_related(layout, plan):
+        mean = run.open(context.merged, None, "mean", plan.weights)
+        judges = fitted.take(np.flatnonzero(held_back(fitted.rows)))  # others than those that the agreement is told of
+        ours, theirs = (_agreements(context, network, layout, plan, judges) for network in (context.own, mean))
+        if all(one.value >= other.value for one, other in zip(theirs, ours, strict=True)):
+            run.notes.append("the plain mean of the weights agrees with each source at least as well, so it was taken")
+            values, context.own = {}, mean
+    agreements = _agreements(context, context.own, layout, plan, unseen)
     return Fusion(merged, values, agreements, tuple(run.notes), tuple(run.log))
 
 
@@ -122,10 +122,6 @@ def _maybe_related(layout: Layout, plan: Plan) -> bool:
     """Whether the mean of the weights is worth a try."""
     shared = [number for number, layer in enumerate(plan.of_first) if layer.role == "shared" and layer.has_weights]
     return ancestry(layer_cosines(layout, shared)).cosine > RELATED / 2
-
-
-def _average(agreements: Sequence[Agreement]) -> float:
-    return sum(item.value for item in agreements) / max(len(agreements), 1)
 
 
 class _Run:
@@ -319,9 +315,11 @@ def _moved(context: Context, merged: Merged) -> dict[tuple[int, int], Array]:
     }
 
 
-def _agreements(context: Context, layout: Layout, plan: Plan, unseen: Inputs) -> tuple[Agreement, ...]:
-    """What each head gives against its source, on inputs that were not fitted to."""
-    assert context.own is not None
+def _agreements(
+    context: Context, network: Network | None, layout: Layout, plan: Plan, inputs: Inputs
+) -> tuple[Agreement, ...]:
+    """What each head of a merged network gives against its source."""
+    assert network is not None
     merged_call = {pair: number for number, stands in enumerate(context.merged.calls) for pair in stands}
     every_call = {pair: number for number, stands in enumerate(context.every.merged.calls) for pair in stands}
     heads = []
@@ -333,14 +331,14 @@ def _agreements(context: Context, layout: Layout, plan: Plan, unseen: Inputs) ->
             ours = Ref(merged_call[number, ref.call], ref.output)
             heads.append((source, name, ref, theirs, ours))
     given: list[tuple[list[Array], list[Array]]] = [([], []) for _ in heads]
-    for batch in unseen.batches(max(len(batch[0]) for batch in context.source_tape.batches)):
+    for batch in inputs.batches(max(len(batch[0]) for batch in context.source_tape.batches)):
         one = _outputs(context.every, batch, [head[3] for head in heads])
-        two = _outputs(context.own, batch, [head[4] for head in heads])
+        two = _outputs(network, batch, [head[4] for head in heads])
         for (first, second), theirs_, ours_ in zip(given, one, two, strict=True):
             first.append(theirs_)
             second.append(ours_)
     values = [(np.concatenate(first), np.concatenate(second)) for first, second in given]
-    synthetic = unseen.synthetic
+    synthetic = inputs.synthetic
     if plan.outputs == "mean" and len({pair[0].shape for pair in values}) == 1 and len(heads) == len(layout.sources):
         one_mean, two_mean = (np.tensordot(plan.weights, [pair[n] for pair in values], axes=1) for n in range(2))
         binary = ends_in_sigmoid(source_graph(layout.first), heads[0][2])
