@@ -872,19 +872,15 @@ def test_the_seed_is_all_that_chance_follows(
 # ---- repair
 
 
-@pytest.mark.parametrize(
-    ("kind", "layers"), [("dense", ["one", "two"]), ("residual", ["norm_one", "norm_two", "norm_three"])]
-)
-def test_repaired_units_have_the_mean_and_the_spread_of_the_sources(
-    kind: str, layers: list[str], networks: Networks, tmp_path: Path
-) -> None:
-    """Of what a layer gives before its activation, or a normalisation; the other source has another order."""
+def repaired(
+    source: Source, near: Source, given: Inputs, layers: Sequence[str], folder: Path
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Per layer, mean and spread of what it gives before its activation: of two networks, and of what is made of them
+    where the second has its units in another order."""
     import keras
 
-    source, near = networks[f"{kind} more"]
-    given = examples(kind)
     options = {"by": "activations", "repair": True, "refit": False}
-    _, model = fuse([source, twin_of(near, "b")], given, tmp_path, method="align", options=options)
+    _, model = fuse([source, twin_of(near, "b")], given, folder, method="align", options=options)
     (fitted,) = given.split(UNSEEN, 0)[0].arrays
 
     def moments(network: Any, name: str) -> np.ndarray:
@@ -897,9 +893,44 @@ def test_repaired_units_have_the_mean_and_the_spread_of_the_sources(
         return np.stack([rows.mean(axis=0), rows.std(axis=0)])
 
     for name in layers:
-        one, two = (moments(loaded(item.path), name) for item in (source, near))
+        yield tuple(moments(network, name) for network in (loaded(source.path), loaded(near.path), model))
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"), [("dense", ["one", "two"]), ("residual", ["norm_one", "norm_two", "norm_three"])]
+)
+def test_repaired_units_have_the_mean_and_the_spread_of_the_sources(
+    kind: str, layers: list[str], networks: Networks, tmp_path: Path
+) -> None:
+    for one, two, made in repaired(*networks[f"{kind} more"], examples(kind), layers, tmp_path):
         assert np.abs(one - two).max() > 0.05
-        np.testing.assert_allclose(moments(model, name), (one + two) / 2, atol=2e-4)
+        np.testing.assert_allclose(made, (one + two) / 2, atol=2e-4)
+
+
+def test_repaired_normalisations_without_scale_or_offset(tmp_path: Path) -> None:
+    """What has no weight of its own is borne by the statistics."""
+
+    def recipe(b: Any, x: Any) -> Any:
+        options: list[dict[str, bool]] = [{"scale": False}, {"center": False}, {"scale": False, "center": False}]
+        for number, given in enumerate(options):
+            x = b.Dense(6, name=f"dense{number}")(x)
+            x = b.Activation("tanh")(b.BatchNormalization(name=f"norm{number}", **given)(x))
+        return b.Dense(3)(x)
+
+    case = zoo.TopologyCase("normalised", zoo.F(6), recipe)
+    rng = np.random.default_rng(0)
+    with ExitStack() as stack:
+        sources = []
+        for label in "ab":
+            model = case.build(0)
+            model.set_weights([value * np.exp(0.3 * rng.standard_normal(value.shape)) for value in model.get_weights()])
+            path = zoo.save(model, tmp_path / f"{label}.keras")
+            sources.append(stack.enter_context(open_source(path, label)))
+        one, two = sources
+        layers = ["norm0", "norm1", "norm2"]
+        for first, second, made in repaired(one, two, inputs_of(case.inputs(200)), layers, tmp_path):
+            assert np.abs(first - second).max() > 0.02
+            np.testing.assert_allclose(made, (first + second) / 2, atol=2e-4)
 
 
 # ---- wider
