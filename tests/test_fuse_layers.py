@@ -19,6 +19,7 @@ from kmerge.assembly import assemble
 from kmerge.calibration.enrich import crossed
 from kmerge.calibration.inputs import Inputs
 from kmerge.engine import merge_tensors
+from kmerge.errors import MergeError, PlanError
 from kmerge.fuse.attention import choose_groups
 from kmerge.fuse.blend import blended
 from kmerge.fuse.design import agrees, linear_rows
@@ -385,6 +386,35 @@ def test_a_private_normalisation_between_shared_layers() -> None:
         expected = zoo.predictions(zoo.load(path), inputs)
         for outputs in by_source(zoo.predictions(model, inputs), 2):
             assert error(outputs, expected) < 1e-4
+
+
+# ---- what cannot be run
+
+
+def test_inputs_that_a_layer_does_not_take_are_told_of() -> None:
+    case = case_of(
+        "words", lambda b, x: b.head(b.GlobalAveragePooling1D()(b.Embedding(9, 4)(x))), zoo.tokens(5, high=9)
+    )
+    with ExitStack() as stack:
+        source, _ = opened(case, stack)
+        tokens = np.full((20, 5), 9, dtype="int32")
+        with pytest.raises(MergeError, match=r"cannot run '.*' \(Embedding\).*--data.*--method mean"):
+            fused([source, stranger(source, "b", 1)], tokens)
+
+
+def test_sources_with_inputs_of_different_shapes_cannot_be_run_together() -> None:
+    def recipe(b: Any, x: Any) -> Any:
+        return b.Dense(3, name="top")(b.Dense(6, name="middle")(b.Dense(4, activation="relu", name="stem")(x)))
+
+    with ExitStack() as stack:
+        sources = [
+            replace(opened(case_of("stem", recipe, F(n)), stack)[0], label=label) for n, label in ((5, "a"), (7, "b"))
+        ]
+        inputs = case_of("stem", recipe, F(5)).inputs(20)
+        rules = Rules(method="fuse", inputs="separate", roles=[("stem", "private"), ("middle", "shared")])
+        plan, given = make_plan(sources, rules), Inputs(flat(inputs), np.full(20, -1))
+        with pytest.raises(PlanError, match=r"'a' takes .*\(None, 5\) but 'b' \(None, 7\).*--method mean"):
+            fuse_models(lay_out(sources), plan, given, Path(), silent)
 
 
 # ---- what cannot be fitted

@@ -11,8 +11,9 @@ import numpy as np
 
 from kmerge.agreement import Agreement, ends_in_sigmoid, measure_agreement
 from kmerge.calibration.enrich import channels_first
-from kmerge.calibration.inputs import Inputs
+from kmerge.calibration.inputs import Inputs, entries
 from kmerge.calibration.network import Network, Tape, open_network, to_numpy
+from kmerge.errors import PlanError
 from kmerge.fuse.attention import attention_tasks
 from kmerge.fuse.batches import held_back, in_batches
 from kmerge.fuse.blend import blended
@@ -45,6 +46,7 @@ from kmerge.methods import METHODS
 from kmerge.methods.registry import Array
 from kmerge.plan import Plan
 from kmerge.progress import Progress
+from kmerge.shapes import Shape
 from kmerge.similarity import RELATED, ancestry, layer_cosines
 from kmerge.spaces import layout_spaces
 from kmerge.surgery import Merged, merge_graphs
@@ -97,11 +99,13 @@ def fuse_models(
         trusted: whether all sources are the caller's own live models.
 
     Raises:
-        MergeError: if Keras does not open the sources, or something is not finite.
+        MergeError: if Keras does not open the sources or run them on the inputs, or something is not finite.
+        PlanError: if the sources take inputs of different shapes.
 
     Memory: the weights of all sources and of the merged model, 64 MB of activations for each of both networks, and
     one layer's sums of products.
     """
+    _check_inputs(layout)
     fitted, unseen = inputs.split(UNSEEN, plan.seed)
     run = _Run(layout, plan, fitted, folder, progress, custom_objects, trusted)
     context = run.solved()
@@ -116,6 +120,29 @@ def fuse_models(
             values, context.own = {}, mean
     agreements = _agreements(context, context.own, layout, plan, unseen)
     return Fusion(merged, values, agreements, tuple(run.notes), tuple(run.log))
+
+
+def _check_inputs(layout: Layout) -> None:
+    """All sources are run on the same inputs, so all must take them, though each may have an input layer of its own."""
+    first, *others = (entries(source) for source in layout.sources)
+    for source, own in zip(layout.sources[1:], others, strict=True):
+        same = len(own) == len(first) and all(
+            a.is_text == b.is_text and _fit(a.shape, b.shape) for a, b in zip(first, own, strict=True)
+        )
+        if not same:
+            one, two = (", ".join(str(entry.shape) for entry in found) for found in (first, own))
+            raise PlanError(
+                f"'{layout.first.label}' takes inputs of shape {one} but '{source.label}' {two}: all sources are run "
+                "on the same inputs. Merge models that take the same, or merge without running them (--method mean, "
+                "or align without --data)."
+            )
+
+
+def _fit(one: Shape | None, two: Shape | None) -> bool:
+    """Whether one array can have both shapes, where None is any size."""
+    if one is None or two is None:
+        return True
+    return len(one) == len(two) and all(a == b or a is None or b is None for a, b in zip(one, two, strict=True))
 
 
 def _maybe_related(layout: Layout, plan: Plan) -> bool:
