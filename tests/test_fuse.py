@@ -15,20 +15,21 @@ import pytest
 import zoo
 from test_align import merge, twin_of
 
-from kmerge.agreement import measure_agreement
+from kmerge.agreement import Agreement, measure_agreement
 from kmerge.assembly import assemble
-from kmerge.calibration.enrich import crossed
+from kmerge.calibration.enrich import channels_first, crossed
 from kmerge.calibration.inputs import Inputs
 from kmerge.engine import merge_tensors
 from kmerge.fuse import model as fuse_model
 from kmerge.fuse import ridge
+from kmerge.fuse.batches import UNSEEN, in_batches, share_unseen
 from kmerge.fuse.blend import FUNCTIONS, Sample, _metric, _Problem, blended, function_of
 from kmerge.fuse.clusters import cluster_units, distances
-from kmerge.fuse.model import UNSEEN, Fusion, fuse_models
+from kmerge.fuse.model import Fusion, fuse_models
 from kmerge.fuse.pairing import assigned, correlations, transported, zipped
 from kmerge.fuse.pairs import Frame, Pair, arranged, by_position
 from kmerge.fuse.ridge import STRENGTHS, Regression, Solution
-from kmerge.layout import lay_out
+from kmerge.layout import lay_out, source_graph
 from kmerge.output import create_output
 from kmerge.planning import make_plan
 from kmerge.progress import silent
@@ -156,6 +157,18 @@ def test_moments_are_those_of_the_rows(rows: int, width: int) -> None:
     mean, variance = fit.moments(kernel, slice(1, 3))
     np.testing.assert_allclose(mean, (x[:, 1:3] @ kernel).mean(axis=0), rtol=1e-9)
     np.testing.assert_allclose(variance, (x[:, 1:3] @ kernel).var(axis=0), rtol=1e-7)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_no_strength_is_chosen_by_the_rows_that_are_fitted(held: bool) -> None:
+    """Where all rows are held back, or none, the least strength would win, however much of them is chance."""
+    x, y, kernel = problem(40, 20, 3.0)
+    fit = Regression(20, 2)
+    fit.add(x, y, np.full(40, held))
+    found = fit.solve(np.zeros_like(kernel), True)
+    assert found.strength == ridge.UNTOLD
+    expected = closed_form(x, y, np.zeros_like(kernel), True, ridge.UNTOLD)
+    np.testing.assert_allclose(found.kernel, expected[0], atol=1e-9)
 
 
 # ---- clusters
@@ -601,6 +614,49 @@ def test_crossed_inputs_of_one_network_come_from_the_same_two() -> None:
         assert owner in {value % 3 for value in {*first.ravel().astype(int).tolist()}}
 
 
+@pytest.mark.parametrize("size", [7, 400_000, 1_000_000])
+def test_every_fifth_input_is_held_back_whatever_the_size_of_a_batch(size: int) -> None:
+    """Of inputs of a megabyte, fewer than five are run at a time."""
+    given = inputs_of(np.broadcast_to(np.arange(23, dtype="uint8")[:, None], (23, size)))
+    batches, held = in_batches(given, 0, np.random.default_rng(0))
+    assert all(len(batch[0]) == len(marks) for batch, marks in zip(batches, held, strict=True))
+    assert size == 7 or max(map(len, held)) <= 5
+    rows = np.concatenate([batch[0][marks, 0] for batch, marks in zip(batches, held, strict=True)])
+    assert rows.tolist() == [4, 9, 14, 19]
+
+
+def test_no_input_is_made_of_one_that_is_held_back() -> None:
+    """Each value of input number k is k."""
+    given = inputs_of(np.ones((20, 6, 2), dtype="float32") * np.arange(20.0, dtype="float32")[:, None, None])
+    batches, held = in_batches(given, 80, np.random.default_rng(0))
+    arrays, marks = np.concatenate([batch[0] for batch in batches]), np.concatenate(held)
+    assert len(arrays) == 80
+    assert not marks[20:].any()
+    assert set(arrays[marks].ravel()) == {4, 9, 14, 19}
+    assert set(arrays[20:].ravel()) == set(range(20)) - {4, 9, 14, 19}
+
+
+def test_channels_that_stand_first_stay_together() -> None:
+    """Twelve channels of 5 by 4 positions: each input has the same at a position in all of them."""
+    given = np.ones((10, 12, 5, 4), dtype="float32") * np.arange(10.0, dtype="float32").reshape(10, 1, 1, 1)
+    (array,) = crossed(inputs_of(given), 30, np.random.default_rng(0), {0}).arrays
+    assert array.shape == (30, 12, 5, 4)
+    np.testing.assert_array_equal(array, array[:, :1].repeat(12, axis=1))
+    assert sum(len(np.unique(row)) == 2 for row in array) > 20
+
+
+def test_which_channels_stand_first_is_told_by_what_reads_them(tmp_path: Path) -> None:
+    import keras
+    from keras import layers
+
+    one, two = keras.Input((2, 6)), keras.Input((6, 2))
+    y = layers.MaxPooling1D(2, data_format="channels_first")(layers.Rescaling(0.5)(one))
+    z = layers.TimeDistributed(layers.Dense(3))(layers.Conv1D(3, 2, data_format="channels_last")(two))
+    model = keras.Model([one, two], [y, z])
+    with open_source(zoo.save(model, tmp_path / "a.keras"), "a") as source:
+        assert channels_first(source_graph(source)) == {0}
+
+
 # ---- whole fusions
 
 
@@ -721,9 +777,39 @@ def test_related_sources_lose_nothing_against_the_plain_mean(
 ) -> None:
     sources, given = networks[f"{kind} {distance}"], examples(kind)
     fusion, model = fuse(sources, given, tmp_path)
-    mean = agreement_of(zoo.load(merge(sources, tmp_path / "mean.keras")), sources, given)
-    assert reported(fusion) >= mean - 1e-5
+    plain = zoo.load(merge(sources, tmp_path / "mean.keras"))
     assert agreement_of(model, sources, given) == pytest.approx(reported(fusion), abs=1e-4)  # what is written
+    fresh = network(kind).inputs(200, seed=9)
+    for source, made, other in zip(sources, *(zoo.predictions(one, fresh) for one in (model, plain)), strict=True):
+        ours, theirs = (measure_agreement("", "", outputs_of(source, fresh), y, False).value for y in (made, other))
+        assert ours >= theirs - 1e-3
+
+
+@pytest.mark.parametrize(("method", "better"), [("fuse", True), ("fuse", False), ("zip", True)])
+def test_the_plain_mean_is_taken_where_no_head_loses_by_it(
+    method: str, better: bool, networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is judged by rows that the reported agreement is not measured on, and never stands for another method."""
+    measured: list[Inputs] = []
+
+    def agreements(context: Any, found: Any, layout: Any, plan: Any, inputs: Inputs) -> tuple[Agreement, ...]:
+        measured.append(inputs)
+        second = 0.9 if len(measured) == 1 or better else 0.85
+        return tuple(
+            Agreement(label, label, "decisions", value, 1, False)
+            for label, value in zip("ab", (0.9, second), strict=True)
+        )
+
+    monkeypatch.setattr(fuse_model, "_agreements", agreements)
+    given = examples("dense", 60)
+    fusion, _ = fuse(networks["dense little"], given, tmp_path, method=method)
+    taken = method == "fuse" and better
+    assert (not fusion.values) == taken
+    assert any("plain mean" in note for note in fusion.notes) == taken
+    assert len(measured) == (3 if method == "fuse" else 1)
+    (told,) = measured[-1].arrays
+    for inputs in measured[:-1]:
+        assert not (inputs.arrays[0][:, None] == told).all(axis=-1).any()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -783,22 +869,37 @@ def test_the_seed_is_all_that_chance_follows(
         np.testing.assert_array_equal(again.values[place], value)
 
 
+def test_each_head_is_judged_by_its_own_rows(networks: Networks, tmp_path: Path) -> None:
+    """Of the other source's rows, all the same, nothing is told but that it is there."""
+    (x,) = examples("dense", 100).arrays
+    x[:60] = 0
+    given = Inputs((x,), np.repeat([0, 1], [60, 40]))
+    fusion, model = fuse(networks["dense"][:2], given, tmp_path)
+    assert [item.rows for item in fusion.agreements] == [12, 8]
+    unseen = given.split(share_unseen(given.owners), 0)[1]
+    own = unseen.arrays[0][unseen.owners == 1]
+    wanted = measure_agreement("", "", outputs_of(networks["dense"][1], own), zoo.predictions(model, own)[1], False)
+    assert fusion.agreements[1].value == pytest.approx(wanted.value, abs=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "unseen"), [(8, 3), (14, 5), (24, 8), (60, 8), (240, 24)])
+def test_the_agreement_is_never_that_of_one_row(rows: int, unseen: int) -> None:
+    given = inputs_of(np.zeros((rows, 2)))
+    assert given.split(share_unseen(given.owners), 0)[1].rows == unseen
+
+
 # ---- repair
 
 
-@pytest.mark.parametrize(
-    ("kind", "layers"), [("dense", ["one", "two"]), ("residual", ["norm_one", "norm_two", "norm_three"])]
-)
-def test_repaired_units_have_the_mean_and_the_spread_of_the_sources(
-    kind: str, layers: list[str], networks: Networks, tmp_path: Path
-) -> None:
-    """Of what a layer gives before its activation, or a normalisation; the other source has another order."""
+def repaired(
+    source: Source, near: Source, given: Inputs, layers: Sequence[str], folder: Path
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Per layer, mean and spread of what it gives before its activation: of two networks, and of what is made of them
+    where the second has its units in another order."""
     import keras
 
-    source, near = networks[f"{kind} more"]
-    given = examples(kind)
     options = {"by": "activations", "repair": True, "refit": False}
-    _, model = fuse([source, twin_of(near, "b")], given, tmp_path, method="align", options=options)
+    _, model = fuse([source, twin_of(near, "b")], given, folder, method="align", options=options)
     (fitted,) = given.split(UNSEEN, 0)[0].arrays
 
     def moments(network: Any, name: str) -> np.ndarray:
@@ -811,9 +912,44 @@ def test_repaired_units_have_the_mean_and_the_spread_of_the_sources(
         return np.stack([rows.mean(axis=0), rows.std(axis=0)])
 
     for name in layers:
-        one, two = (moments(loaded(item.path), name) for item in (source, near))
+        yield tuple(moments(network, name) for network in (loaded(source.path), loaded(near.path), model))
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers"), [("dense", ["one", "two"]), ("residual", ["norm_one", "norm_two", "norm_three"])]
+)
+def test_repaired_units_have_the_mean_and_the_spread_of_the_sources(
+    kind: str, layers: list[str], networks: Networks, tmp_path: Path
+) -> None:
+    for one, two, made in repaired(*networks[f"{kind} more"], examples(kind), layers, tmp_path):
         assert np.abs(one - two).max() > 0.05
-        np.testing.assert_allclose(moments(model, name), (one + two) / 2, atol=2e-4)
+        np.testing.assert_allclose(made, (one + two) / 2, atol=2e-4)
+
+
+def test_repaired_normalisations_without_scale_or_offset(tmp_path: Path) -> None:
+    """What has no weight of its own is borne by the statistics."""
+
+    def recipe(b: Any, x: Any) -> Any:
+        options: list[dict[str, bool]] = [{"scale": False}, {"center": False}, {"scale": False, "center": False}]
+        for number, given in enumerate(options):
+            x = b.Dense(6, name=f"dense{number}")(x)
+            x = b.Activation("tanh")(b.BatchNormalization(name=f"norm{number}", **given)(x))
+        return b.Dense(3)(x)
+
+    case = zoo.TopologyCase("normalised", zoo.F(6), recipe)
+    rng = np.random.default_rng(0)
+    with ExitStack() as stack:
+        sources = []
+        for label in "ab":
+            model = case.build(0)
+            model.set_weights([value * np.exp(0.3 * rng.standard_normal(value.shape)) for value in model.get_weights()])
+            path = zoo.save(model, tmp_path / f"{label}.keras")
+            sources.append(stack.enter_context(open_source(path, label)))
+        one, two = sources
+        layers = ["norm0", "norm1", "norm2"]
+        for first, second, made in repaired(one, two, inputs_of(case.inputs(200)), layers, tmp_path):
+            assert np.abs(first - second).max() > 0.02
+            np.testing.assert_allclose(made, (first + second) / 2, atol=2e-4)
 
 
 # ---- wider

@@ -20,6 +20,7 @@ from kmerge.assembly import assemble
 from kmerge.calibration.enrich import crossed
 from kmerge.calibration.inputs import Inputs
 from kmerge.engine import merge_tensors
+from kmerge.errors import MergeError, PlanError
 from kmerge.fuse.attention import choose_groups
 from kmerge.fuse.blend import blended
 from kmerge.fuse.design import agrees, linear_rows
@@ -318,15 +319,15 @@ def test_three_strangers_with_all_that_fusion_does(name: str, monkeypatch: pytes
         blends.append(given)
         return blended(*given)
 
-    def crossing(inputs: Inputs, rows: int, rng: np.random.Generator) -> Inputs:
-        made.append(crossed(inputs, rows, rng))
+    def crossing(inputs: Inputs, rows: int, *given: Any) -> Inputs:
+        made.append(crossed(inputs, rows, *given))
         return made[-1]
 
     monkeypatch.setattr("kmerge.fuse.model.ENOUGH", 2 * ROWS)
     monkeypatch.setattr("kmerge.fuse.model.samples_of", samples_of)
     monkeypatch.setattr("kmerge.fuse.model.sensitivities", sensitivities)
     monkeypatch.setattr("kmerge.fuse.model.blended", blending)
-    monkeypatch.setattr("kmerge.fuse.model.crossed", crossing)
+    monkeypatch.setattr("kmerge.fuse.batches.crossed", crossing)
     strangers_work(zoo.TOPOLOGIES[name], 3)
     assert ROWS < made[0].rows < 2 * ROWS  # a part of what was given measures the agreement
     assert blends
@@ -388,6 +389,35 @@ def test_a_private_normalisation_between_shared_layers() -> None:
             assert error(outputs, expected) < 1e-4
 
 
+# ---- what cannot be run
+
+
+def test_inputs_that_a_layer_does_not_take_are_told_of() -> None:
+    case = case_of(
+        "words", lambda b, x: b.head(b.GlobalAveragePooling1D()(b.Embedding(9, 4)(x))), zoo.tokens(5, high=9)
+    )
+    with ExitStack() as stack:
+        source, _ = opened(case, stack)
+        tokens = np.full((20, 5), 9, dtype="int32")
+        with pytest.raises(MergeError, match=r"cannot run '.*' \(Embedding\).*--data.*--method mean"):
+            fused([source, stranger(source, "b", 1)], tokens)
+
+
+def test_sources_with_inputs_of_different_shapes_cannot_be_run_together() -> None:
+    def recipe(b: Any, x: Any) -> Any:
+        return b.Dense(3, name="top")(b.Dense(6, name="middle")(b.Dense(4, activation="relu", name="stem")(x)))
+
+    with ExitStack() as stack:
+        sources = [
+            replace(opened(case_of("stem", recipe, F(n)), stack)[0], label=label) for n, label in ((5, "a"), (7, "b"))
+        ]
+        inputs = case_of("stem", recipe, F(5)).inputs(20)
+        rules = Rules(method="fuse", inputs="separate", roles=[("stem", "private"), ("middle", "shared")])
+        plan, given = make_plan(sources, rules), Inputs(flat(inputs), np.full(20, -1))
+        with pytest.raises(PlanError, match=r"'a' takes .*\(None, 5\) but 'b' \(None, 7\).*--method mean"):
+            fuse_models(lay_out(sources), plan, given, Path(), silent)
+
+
 # ---- what cannot be fitted
 
 
@@ -405,6 +435,34 @@ def test_what_cannot_be_fitted_is_that_of_the_first_source_and_told_of() -> None
         assert "SpectralNormalization" in notes[0]
         assert "'a' as it is" in notes[0]
         assert "--private odd" in notes[0]
+
+
+def test_a_layer_whose_axes_are_not_known_is_that_of_the_first_source_too() -> None:
+    """A layer of somebody's own: what stands on the axes of its weight, nobody told."""
+    import keras
+
+    @keras.saving.register_keras_serializable("fuse_layers")
+    class Gate(keras.layers.Layer):  # type: ignore[misc]
+        def build(self, shape: Any) -> None:
+            self.gate = self.add_weight(shape=(shape[-1],), initializer="random_normal", name="gate")
+
+        def call(self, x: Any) -> Any:
+            return x * keras.ops.sigmoid(self.gate)
+
+    def recipe(b: Any, x: Any) -> Any:
+        return b.head(Gate(name="odd")(b.Dense(5, activation="relu")(x)))
+
+    case = case_of("own", recipe, F(5))
+    with ExitStack() as stack:
+        source, _ = opened(case, stack)
+        other = stranger(source, "b", 1)
+        fusion, _ = fused([source, other], case.inputs(ROWS), trunk="all")
+        assert len([note for note in fusion.notes if "'odd'" in note and "'a' as it is" in note]) == 1
+        layer = fusion.merged.graph.layer_named("odd")
+        own = dict(fusion.merged.layers[layer].members)
+        one, two = (item.states[own[n]].weights[0].tensor.read() for n, item in enumerate((source, other)))
+        assert np.abs(one - two).max() > 1e-3
+        np.testing.assert_allclose(fusion.values[layer, 0], one, atol=1e-7)
 
 
 def test_steps_that_wait_for_all_calls_of_a_layer() -> None:

@@ -123,13 +123,25 @@ class Network:
                 values[Ref(call, number)] = tensor
 
     def outputs(self, values: Mapping[Ref, Any], call: int) -> Any:
-        """What one call gives, before an activation function that was split off, from known tensors."""
+        """What one call gives, before an activation function that was split off, from known tensors.
+
+        Raises:
+            MergeError: if Keras cannot run the layer on them.
+        """
         args, kwargs = self._nodes[call].arguments.fill_in(_Filled(values, self._ids))
         own = self.layers[self.merged.graph.calls[call].layer]
         if getattr(own, "_call_has_training_arg", False) and kwargs.get("training") is None:
             kwargs["training"] = False
         given = [(tensor, getattr(tensor, "_keras_mask", None)) for tensor in _keras().tree.flatten((args, kwargs))]
-        outputs = own(*args, **kwargs)
+        try:
+            outputs = own(*args, **kwargs)
+        except Exception as error:
+            layer = self.merged.graph.layers[self.merged.graph.calls[call].layer]
+            raise MergeError(
+                f"Keras cannot run '{layer.name}' ({layer.class_name}) on the inputs: {live.one_line(error)}. Expected "
+                "inputs such as the models were trained on, tokens below the size of their vocabulary for one: see to "
+                "--data, or merge without running the models (--method mean)."
+            ) from error
         for tensor, mask in given:  # attention takes masks off what it is given, which others read too
             if mask is not None:
                 tensor._keras_mask = mask

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kmerge.agreement import Agreement, ends_in_sigmoid, measure_agreement
-from kmerge.calibration.enrich import crossed
-from kmerge.calibration.inputs import Inputs
+from kmerge.agreement import Agreement, ends_in_sigmoid, measure_agreement, own_rows
+from kmerge.calibration.enrich import channels_first
+from kmerge.calibration.inputs import Inputs, entries
 from kmerge.calibration.network import Network, Tape, open_network, to_numpy
+from kmerge.errors import PlanError
 from kmerge.fuse.attention import attention_tasks
+from kmerge.fuse.batches import held_back, in_batches, share_unseen
 from kmerge.fuse.blend import blended
 from kmerge.fuse.context import Context, Passes, Task
 from kmerge.fuse.linear import linear_tasks
@@ -26,7 +28,7 @@ from kmerge.fuse.repair import repair_tasks
 from kmerge.fuse.scale import scale_tasks
 from kmerge.fuse.selection import selected
 from kmerge.fuse.sensitivity import Sensitivities, sensitivities
-from kmerge.fuse.unfitted import held_spaces, unfitted
+from kmerge.fuse.unfitted import held_spaces, left_layers, unfitted
 from kmerge.fuse.units import (
     Moments,
     clustered,
@@ -44,20 +46,15 @@ from kmerge.methods import METHODS
 from kmerge.methods.registry import Array
 from kmerge.plan import Plan
 from kmerge.progress import Progress
+from kmerge.shapes import Shape
 from kmerge.similarity import RELATED, ancestry, layer_cosines
 from kmerge.spaces import layout_spaces
 from kmerge.surgery import Merged, merge_graphs
 
 MEMORY = 64 << 20
 """Bytes of activations that each of both networks may keep between two steps."""
-BATCH_BYTES = 2 << 20
-"""Bytes of inputs that are run at a time."""
-HELD_BACK = 5
-"""One input of so many chooses the strength of the regressions."""
 ENOUGH = 1000
 """Inputs below which more are made out of pairs of them."""
-UNSEEN = 0.1
-"""Share of the inputs that measure the agreement and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -93,42 +90,63 @@ def fuse_models(
     Args:
         layout: the sources, laid over the first.
         plan: roles and method.
-        inputs: unlabelled, at least 8; a tenth of them measures the agreement and is not fitted to.
+        inputs: unlabelled, at least 8; a tenth of them, more of few, measures the agreement and is not fitted to.
         folder: for temporary files.
         progress: called with steps done and in all.
         custom_objects: classes of custom layers, as for `keras.saving.load_model`.
         trusted: whether all sources are the caller's own live models.
 
     Raises:
-        MergeError: if Keras does not open the sources, or something is not finite.
+        MergeError: if Keras does not open the sources or run them on the inputs, or something is not finite.
+        PlanError: if the sources take inputs of different shapes.
 
     Memory: the weights of all sources and of the merged model, 64 MB of activations for each of both networks, and
     one layer's sums of products.
     """
-    fitted, unseen = inputs.split(UNSEEN, plan.seed)
+    _check_inputs(layout)
+    fitted, unseen = inputs.split(share_unseen(inputs.owners), plan.seed)
     run = _Run(layout, plan, fitted, folder, progress, custom_objects, trusted)
     context = run.solved()
     merged = widened(context, merge_graphs(layout, plan))
     values = _moved(context, merged)
-    agreements = _agreements(context, layout, plan, unseen)
-    if plan.width == 1 and _maybe_related(layout, plan):
-        assert context.own is not None
-        context.own = run.open(context.merged, None, "mean", plan.weights)
-        means = _agreements(context, layout, plan, unseen)
-        if _average(means) >= _average(agreements):
-            run.notes.append("the plain mean of the weights agrees with the sources at least as well, so it was taken")
-            values, agreements = {}, means
+    if run.method == "fuse" and plan.width == 1 and _maybe_related(layout, plan):
+        mean = run.open(context.merged, None, "mean", plan.weights)
+        judges = fitted.take(np.flatnonzero(held_back(fitted.rows)))  # others than those that the agreement is told of
+        ours, theirs = (_agreements(context, network, layout, plan, judges) for network in (context.own, mean))
+        if all(one.value >= other.value for one, other in zip(theirs, ours, strict=True)):
+            run.notes.append("the plain mean of the weights agrees with each source at least as well, so it was taken")
+            values, context.own = {}, mean
+    agreements = _agreements(context, context.own, layout, plan, unseen)
     return Fusion(merged, values, agreements, tuple(run.notes), tuple(run.log))
+
+
+def _check_inputs(layout: Layout) -> None:
+    """All sources are run on the same inputs, so all must take them, though each may have an input layer of its own."""
+    first, *others = (entries(source) for source in layout.sources)
+    for source, own in zip(layout.sources[1:], others, strict=True):
+        same = len(own) == len(first) and all(
+            a.is_text == b.is_text and _fit(a.shape, b.shape) for a, b in zip(first, own, strict=True)
+        )
+        if not same:
+            one, two = (", ".join(str(entry.shape) for entry in found) for found in (first, own))
+            raise PlanError(
+                f"'{layout.first.label}' takes inputs of shape {one} but '{source.label}' {two}: all sources are run "
+                "on the same inputs. Merge models that take the same, or merge without running them (--method mean, "
+                "or align without --data)."
+            )
+
+
+def _fit(one: Shape | None, two: Shape | None) -> bool:
+    """Whether one array can have both shapes, where None is any size."""
+    if one is None or two is None:
+        return True
+    return len(one) == len(two) and all(a == b or a is None or b is None for a, b in zip(one, two, strict=True))
 
 
 def _maybe_related(layout: Layout, plan: Plan) -> bool:
     """Whether the mean of the weights is worth a try."""
     shared = [number for number, layer in enumerate(plan.of_first) if layer.role == "shared" and layer.has_weights]
     return ancestry(layer_cosines(layout, shared)).cosine > RELATED / 2
-
-
-def _average(agreements: Sequence[Agreement]) -> float:
-    return sum(item.value for item in agreements) / max(len(agreements), 1)
 
 
 class _Run:
@@ -172,7 +190,7 @@ class _Run:
         context.merged = widened(context, context.merged)
         context.__dict__.pop("chains", None)
         tasks = self._tasks(context)
-        context.values = _guess(context)
+        context.values = _guess(context, left_layers(context, self._every(context)))
         context.own = self.open(context.merged, context.values, "merged")
         context.merged_tape = Tape(context.own, context.source_tape.batches, MEMORY)
         self.progress(2, len(tasks) + 2)
@@ -193,16 +211,9 @@ class _Run:
         shared = [number for number, layer in enumerate(plan.of_first) if layer.role == "shared" and layer.has_weights]
         spaces = layout_spaces(layout, shared)
         frame = Frame(layout.sources, spaces, tuple(space.size for space in spaces))
-        size = max(1, min(64, BATCH_BYTES // max(1, sum(array[:1].nbytes for array in inputs.arrays))))
         rng = np.random.default_rng(plan.seed)
-        batches, held = [], []
-        for batch in inputs.batches(size):
-            batches.append(batch)
-            held.append(np.arange(len(batch[0])) % HELD_BACK == HELD_BACK - 1)
-        if self.method == "fuse" and inputs.rows < ENOUGH:
-            for batch in crossed(inputs, ENOUGH - inputs.rows, rng).batches(size):
-                batches.append(batch)
-                held.append(np.zeros(len(batch[0]), dtype=bool))
+        first = channels_first(source_graph(layout.first))
+        batches, held = in_batches(inputs, ENOUGH if self.method == "fuse" else 0, rng, first)
         return Context(every, merged, frame, plan.weights, Tape(every, batches, MEMORY), held, rng)
 
     def _every(self, context: Context) -> list[Task]:
@@ -294,17 +305,24 @@ def _apart(plan: Plan) -> Plan:
     return _with_shared_inputs(replace(plan, layers=layers))
 
 
-def _guess(context: Context) -> dict[tuple[int, int], Array]:
-    """All weights of the merged network as merging and unmerging gives them."""
+def _guess(context: Context, left: Collection[int]) -> dict[tuple[int, int], Array]:
+    """All weights of the merged network as merging and unmerging gives them.
+
+    Args:
+        context: with pairs.
+        left: layers that cannot be fitted: they are those of the first source, as a reader is told.
+    """
     frame, found = context.frame, {}
     for layer, origin in enumerate(context.merged.layers):
         if not origin.members:
             continue
         source, own = origin.members[0]
-        shares = [context.shares[n] for n, _ in origin.members] if len(origin.members) > 1 else [1.0]
+        members = origin.members[:1] if layer in left else origin.members
+        shares = [context.shares[n] for n, _ in members] if len(members) > 1 else [1.0]
         for place in range(len(frame.sources[source].states[own].weights)):
-            places = [(n, number, place) for n, number in origin.members]
-            found[layer, place] = frame.merged_weight(context.pairs, places, shares)
+            found[layer, place] = frame.merged_weight(
+                context.pairs, [(n, number, place) for n, number in members], shares
+            )
     return found
 
 
@@ -322,9 +340,11 @@ def _moved(context: Context, merged: Merged) -> dict[tuple[int, int], Array]:
     }
 
 
-def _agreements(context: Context, layout: Layout, plan: Plan, unseen: Inputs) -> tuple[Agreement, ...]:
-    """What each head gives against its source, on inputs that were not fitted to."""
-    assert context.own is not None
+def _agreements(
+    context: Context, network: Network | None, layout: Layout, plan: Plan, inputs: Inputs
+) -> tuple[Agreement, ...]:
+    """What each head of a merged network gives against its source."""
+    assert network is not None
     merged_call = {pair: number for number, stands in enumerate(context.merged.calls) for pair in stands}
     every_call = {pair: number for number, stands in enumerate(context.every.merged.calls) for pair in stands}
     heads = []
@@ -334,24 +354,26 @@ def _agreements(context: Context, layout: Layout, plan: Plan, unseen: Inputs) ->
         for ref, name in zip(tensors, names, strict=True):
             theirs = Ref(every_call[number, ref.call], ref.output)
             ours = Ref(merged_call[number, ref.call], ref.output)
-            heads.append((source, name, ref, theirs, ours))
+            heads.append((number, name, ref, theirs, ours))
     given: list[tuple[list[Array], list[Array]]] = [([], []) for _ in heads]
-    for batch in unseen.batches(max(len(batch[0]) for batch in context.source_tape.batches)):
+    for batch in inputs.batches(max(len(batch[0]) for batch in context.source_tape.batches)):
         one = _outputs(context.every, batch, [head[3] for head in heads])
-        two = _outputs(context.own, batch, [head[4] for head in heads])
+        two = _outputs(network, batch, [head[4] for head in heads])
         for (first, second), theirs_, ours_ in zip(given, one, two, strict=True):
             first.append(theirs_)
             second.append(ours_)
     values = [(np.concatenate(first), np.concatenate(second)) for first, second in given]
-    synthetic = unseen.synthetic
+    synthetic = inputs.synthetic
     if plan.outputs == "mean" and len({pair[0].shape for pair in values}) == 1 and len(heads) == len(layout.sources):
         one_mean, two_mean = (np.tensordot(plan.weights, [pair[n] for pair in values], axes=1) for n in range(2))
         binary = ends_in_sigmoid(source_graph(layout.first), heads[0][2])
         return (measure_agreement("average", "average", one_mean, two_mean, synthetic, binary),)
-    return tuple(
-        measure_agreement(source.label, name, first, second, synthetic, ends_in_sigmoid(source_graph(source), ref))
-        for (source, name, ref, _, _), (first, second) in zip(heads, values, strict=True)
-    )
+    found = []
+    for (number, name, ref, _, _), (first, second) in zip(heads, values, strict=True):
+        source = layout.sources[number]
+        own, binary = own_rows(inputs.owners, number), ends_in_sigmoid(source_graph(source), ref)
+        found.append(measure_agreement(source.label, name, first[own], second[own], synthetic, binary))
+    return tuple(found)
 
 
 def _outputs(network: Network, batch: Sequence[Array], wanted: Sequence[Ref]) -> list[Array]:

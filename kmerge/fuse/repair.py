@@ -92,12 +92,18 @@ class RepairTask:
         context = self.context
         names = context.weights(normal)
         epsilon = float(context.layer(normal).config.get("epsilon", 1e-3))
-        context.set(normal, names["moving_mean"], given if "beta" in names else given - mean)
-        context.set(normal, names["moving_variance"], variance)
         if "gamma" in names:
-            context.set(normal, names["gamma"], spread * np.sqrt(variance + epsilon) / np.sqrt(variance + _LEAST))
+            slope = spread / np.sqrt(variance + _LEAST)
+            context.set(normal, names["gamma"], slope * np.sqrt(variance + epsilon))
+        else:  # the statistics bear the spread; as far as it is at most what epsilon allows
+            divided = np.maximum(variance / np.maximum(spread**2, _LEAST) - epsilon, 0.0)
+            slope, variance = 1 / np.sqrt(divided + epsilon), divided
         if "beta" in names:
             context.set(normal, names["beta"], mean)
+        else:
+            given = given - np.where(slope > 0, mean / np.where(slope > 0, slope, 1.0), 0.0)
+        context.set(normal, names["moving_mean"], given)
+        context.set(normal, names["moving_variance"], variance)
 
     def _rescale(self, linear: Linear, place: int, given: Array, variance: Array, mean: Any, spread: Any) -> None:
         context, layer = self.context, self.layer

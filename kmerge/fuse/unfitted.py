@@ -20,7 +20,7 @@ _KEPT = (
 """Classes whose weights mean the same in every source, and PReLU with one slope for all."""
 
 
-def _left(context: Context, tasks: Iterable[Task]) -> dict[int, str]:
+def left_layers(context: Context, tasks: Iterable[Task]) -> dict[int, str]:
     """Shared layers with weights that no task covers, and why."""
     covered = {layer for task in tasks for layer in task.layers}
     refused = context.refused or {}
@@ -36,7 +36,7 @@ def _left(context: Context, tasks: Iterable[Task]) -> dict[int, str]:
 
 def held_spaces(context: Context, tasks: Iterable[Task]) -> set[int]:
     """Spaces whose units a layer makes that cannot be fitted: they stay those of the first source."""
-    left = _left(context, tasks)
+    left = left_layers(context, tasks)
     members = {member for layer in left for member in context.origin(layer).members}
     return {
         number
@@ -54,7 +54,7 @@ def unfitted(context: Context, tasks: Collection[Task]) -> list[str]:
     """
     notes = []
     first = context.frame.sources[0].label
-    for layer, reason in _left(context, tasks).items():
+    for layer, reason in left_layers(context, tasks).items():
         own = context.layer(layer)
         why = f"{reason}, so it" if reason else f"kmerge does not fit layers of the class {own.class_name}: it"
         notes.append(

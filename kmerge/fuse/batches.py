@@ -1,0 +1,69 @@
+"""Inputs, a batch at a time, and which of them are held back from what is fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+
+from kmerge.agreement import FEW_ROWS
+from kmerge.calibration.enrich import crossed
+from kmerge.calibration.inputs import Inputs
+from kmerge.methods.registry import Array
+
+BATCH_BYTES = 2 << 20
+"""Bytes of inputs that are run at a time."""
+HELD_BACK = 5
+"""One input of so many chooses the strength of the regressions."""
+UNSEEN = 0.1
+"""Share of many inputs that measure the agreement and nothing else."""
+
+
+def share_unseen(owners: Array) -> float:
+    """Share of the inputs that measure the agreement and nothing else.
+
+    A tenth, or as much as gives each head rows enough of its own; never more than a third.
+
+    Args:
+        owners: number of the source that each input was given for, shape (rows,); -1 where for all.
+    """
+    counts = np.unique(owners, return_counts=True)[1]
+    enough = counts[counts >= FEW_ROWS]
+    smallest = int(enough.min()) if len(enough) else len(owners)
+    return max(UNSEEN, min(FEW_ROWS / max(smallest, 1), 1 / 3))
+
+
+def held_back(rows: int) -> Array:
+    """Which of so many inputs are held back, shape (rows,), bool."""
+    return np.asarray(np.arange(rows) % HELD_BACK == HELD_BACK - 1)
+
+
+def batch_size(inputs: Inputs) -> int:
+    """How many inputs are run at a time."""
+    return max(1, min(64, BATCH_BYTES // max(1, sum(array[:1].nbytes for array in inputs.arrays))))
+
+
+def in_batches(
+    inputs: Inputs, enough: int, rng: np.random.Generator, first: Collection[int] = ()
+) -> tuple[list[tuple[Array, ...]], list[Array]]:
+    """All inputs, and more that are made of pairs of them where they are few.
+
+    Args:
+        inputs: to be fitted to.
+        enough: below so many, more are made until there are as many.
+        rng: source of random numbers.
+        first: numbers of the inputs whose channels stand before their positions.
+
+    Returns:
+        Batches, and for each which of its inputs are held back: every fifth of all that were given, whatever the size
+        of a batch. None is made of these, so that they tell of what was not fitted to.
+    """
+    size, held = batch_size(inputs), held_back(inputs.rows)
+    batches = list(inputs.batches(size))
+    marks = [held[start : start + size] for start in range(0, inputs.rows, size)]
+    if inputs.rows < enough:
+        fitted = inputs.take(np.flatnonzero(~held))
+        for batch in crossed(fitted, enough - inputs.rows, rng, first).batches(size):
+            batches.append(batch)
+            marks.append(np.zeros(len(batch[0]), dtype=bool))
+    return batches, marks
