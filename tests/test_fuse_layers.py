@@ -24,7 +24,7 @@ from kmerge.errors import MergeError, PlanError
 from kmerge.fuse.attention import choose_groups
 from kmerge.fuse.blend import blended
 from kmerge.fuse.design import agrees, linear_rows
-from kmerge.fuse.model import Fusion, fuse_models
+from kmerge.fuse.model import Fusion, _gives_one_row, fuse_models
 from kmerge.fuse.ridge import Regression
 from kmerge.fuse.sensitivity import sensitivities
 from kmerge.fuse.units import samples_of
@@ -35,6 +35,7 @@ from kmerge.progress import silent
 from kmerge.rules import Rules
 from kmerge.source import Source, open_source
 from kmerge.spaces import derive_spaces
+from kmerge.surgery import merge_graphs
 
 ROWS = 64
 
@@ -43,6 +44,7 @@ ROWS = 64
 def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without more inputs and without blends, which cost most of the time and have a test of their own."""
     monkeypatch.setattr("kmerge.fuse.model.ENOUGH", 0)
+    monkeypatch.setattr("kmerge.fuse.model.ENOUGH_FOR_DENSE", 0)
     monkeypatch.setattr("kmerge.fuse.model.samples_of", lambda *_: None)
     monkeypatch.setattr("kmerge.fuse.model.sensitivities", lambda *_: {})
 
@@ -331,6 +333,22 @@ def test_three_strangers_with_all_that_fusion_does(name: str, monkeypatch: pytes
     strangers_work(zoo.TOPOLOGIES[name], 3)
     assert ROWS < made[0].rows < 2 * ROWS  # a part of what was given measures the agreement
     assert blends
+
+
+@pytest.mark.parametrize(("name", "one"), [("dense", True), ("positions", False), ("convolution", False)])
+def test_more_inputs_are_made_where_each_is_one_row_for_every_layer(name: str, one: bool, tmp_path: Path) -> None:
+    import keras
+    from keras import layers
+
+    middle = {
+        "dense": [layers.Flatten(), layers.Dense(3), layers.BatchNormalization()],
+        "positions": [layers.Dense(3), layers.Flatten()],
+        "convolution": [layers.Conv1D(2, 2), layers.Flatten()],
+    }[name]
+    keras.Sequential([layers.Input((4, 2)), *middle, layers.Dense(2)]).save(tmp_path / "a.keras")
+    with open_source(tmp_path / "a.keras", "a") as a, open_source(tmp_path / "a.keras", "b") as b:
+        merged = merge_graphs(lay_out([a, b]), make_plan([a, b], Rules(method="mean"), "0"))
+        assert _gives_one_row(merged, [a, b]) is one
 
 
 def test_a_twin_gives_the_original_function_with_all_that_fusion_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,12 +11,14 @@ import numpy as np
 
 from kmerge.agreement import Agreement, ends_in_sigmoid, measure_agreement, own_rows
 from kmerge.calibration.enrich import channels_first
-from kmerge.calibration.inputs import Inputs, entries
+from kmerge.calibration.inputs import Inputs
 from kmerge.calibration.network import Network, Tape, open_network, to_numpy
+from kmerge.data import entries
 from kmerge.errors import PlanError
 from kmerge.fuse.attention import attention_tasks
 from kmerge.fuse.batches import held_back, in_batches, share_unseen
 from kmerge.fuse.blend import blended
+from kmerge.fuse.chains import NORMALS
 from kmerge.fuse.context import Context, Passes, Task
 from kmerge.fuse.linear import linear_tasks
 from kmerge.fuse.order import in_order
@@ -46,15 +48,17 @@ from kmerge.methods import METHODS
 from kmerge.methods.registry import Array
 from kmerge.plan import Plan
 from kmerge.progress import Progress
-from kmerge.shapes import Shape
+from kmerge.shapes import Shape, infer_shapes
 from kmerge.similarity import RELATED, ancestry, layer_cosines
+from kmerge.source import Source
 from kmerge.spaces import layout_spaces
 from kmerge.surgery import Merged, merge_graphs
 
 MEMORY = 64 << 20
 """Bytes of activations that each of both networks may keep between two steps."""
-ENOUGH = 1000
-"""Inputs below which more are made out of pairs of them."""
+ENOUGH, ENOUGH_FOR_DENSE = 1000, 8000
+"""Inputs below which more are made out of pairs of them. It takes more where each is but one row for every layer, as in
+a network of dense layers."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +217,8 @@ class _Run:
         frame = Frame(layout.sources, spaces, tuple(space.size for space in spaces))
         rng = np.random.default_rng(plan.seed)
         first = channels_first(source_graph(layout.first))
-        batches, held = in_batches(inputs, ENOUGH if self.method == "fuse" else 0, rng, first)
+        enough = ENOUGH_FOR_DENSE if _gives_one_row(merged, layout.sources) else ENOUGH
+        batches, held = in_batches(inputs, enough if self.method == "fuse" else 0, rng, first)
         return Context(every, merged, frame, plan.weights, Tape(every, batches, MEMORY), held, rng)
 
     def _every(self, context: Context) -> list[Task]:
@@ -290,6 +295,19 @@ class _Run:
                 f"{left} of {len(free)} groups of units keep their number, because what follows counts on it: "
                 "the trunk is wider elsewhere only"
             )
+
+
+def _gives_one_row(merged: Merged, sources: Sequence[Source]) -> bool:
+    """Whether an input is one row for each layer that has weights: all of them are dense layers of plain features."""
+    shapes = infer_shapes(merged.graph)
+    for number, call in enumerate(merged.graph.calls):
+        class_name, members = merged.graph.layers[call.layer].class_name, merged.layers[call.layer].members
+        if not members or not sources[members[0][0]].states[members[0][1]].weights or class_name in NORMALS:
+            continue
+        shape = shapes.get(Ref(number))
+        if class_name != "Dense" or shape is None or len(shape) != 2:
+            return False
+    return True
 
 
 def _with_shared_inputs(plan: Plan) -> Plan:
@@ -369,10 +387,10 @@ def _agreements(
         binary = ends_in_sigmoid(source_graph(layout.first), heads[0][2])
         return (measure_agreement("average", "average", one_mean, two_mean, synthetic, binary),)
     found = []
-    for (number, name, ref, _, _), (first, second) in zip(heads, values, strict=True):
+    for (number, name, ref, _, _), (theirs_values, our_values) in zip(heads, values, strict=True):
         source = layout.sources[number]
         own, binary = own_rows(inputs.owners, number), ends_in_sigmoid(source_graph(source), ref)
-        found.append(measure_agreement(source.label, name, first[own], second[own], synthetic, binary))
+        found.append(measure_agreement(source.label, name, theirs_values[own], our_values[own], synthetic, binary))
     return tuple(found)
 
 
