@@ -12,6 +12,8 @@ from kmerge.graph import Graph, Ref
 from kmerge.methods.registry import Array
 
 Measure = Literal["decisions", "correlation"]
+FEW_ROWS = 8
+"""Fewer inputs tell little of how well a head agrees."""
 WARN_BELOW = 0.90
 """An agreement below which a merge is not to look like a success."""
 
@@ -79,6 +81,20 @@ def measure_agreement(
     return Agreement(label, output, measure, value, rows, synthetic)
 
 
+def own_rows(owners: Array, number: int) -> Array:
+    """Which inputs a head is judged by, shape (rows,), bool: those for its source, or all where these are too few.
+
+    Args:
+        owners: number of the source that each input was given for, shape (rows,); -1 where for all.
+        number: of the head's source.
+
+    >>> own_rows(np.array([0] * 9 + [1] * 2), 0).sum(), own_rows(np.array([0] * 9 + [1] * 2), 1).sum()
+    (np.int64(9), np.int64(11))
+    """
+    own = np.asarray((owners == number) | (owners == -1))
+    return own if np.sum(own) >= FEW_ROWS else np.ones(len(owners), dtype=bool)
+
+
 def _is_distribution(values: Array) -> bool:
     if values.ndim < 2 or values.shape[-1] < 2 or not values.size:
         return False
@@ -121,8 +137,12 @@ def warnings(agreements: Sequence[Agreement], fused: bool = True) -> list[str]:
         fused: whether the trunk was made from what the sources compute, and not from their weights alone.
     """
     low = sorted((item for item in agreements if not item.value >= WARN_BELOW), key=lambda item: item.value)
+    fewest = min((item.rows for item in agreements), default=FEW_ROWS)
+    few = []
+    if fewest < FEW_ROWS:
+        few.append(f"agreement was measured on {fewest} inputs, too few to tell: give more (--data, --samples)")
     if not low:
-        return []
+        return few
     made_up = any(item.synthetic for item in agreements)
     helps = ["a shorter trunk (--trunk LAYER)"]
     if fused:
@@ -140,7 +160,7 @@ def warnings(agreements: Sequence[Agreement], fused: bool = True) -> list[str]:
     ]
     if made_up:
         found.append("agreement was measured on made-up inputs, and on real ones it may be another: --data tells")
-    return found
+    return found + few
 
 
 def _lost(item: Agreement) -> str:

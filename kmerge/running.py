@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kmerge import live
-from kmerge.agreement import Agreement, ends_in_sigmoid, lowest, measure_agreement, percent
+from kmerge.agreement import Agreement, ends_in_sigmoid, lowest, measure_agreement, own_rows, percent
 from kmerge.assembly import assemble
 from kmerge.errors import MergeError
 from kmerge.graph import Ref, flatten
@@ -171,8 +171,9 @@ def _measured(job: Job, work: Workspace, known: Mapping[str, Any]) -> tuple[Agre
                     f"The output '{mine}' is {others.shape} in the merged model but {values.shape} before."
                 )
             binary = ends_in_sigmoid(graph, ref)
+            own = slice(None) if one else own_rows(job.inputs.owners, number)
             shown = "mean" if one else label
-            found.append(measure_agreement(shown, mine, values, others, job.inputs.synthetic, binary))
+            found.append(measure_agreement(shown, mine, values[own], others[own], job.inputs.synthetic, binary))
     return tuple(found)
 
 

@@ -137,3 +137,14 @@ def test_not_a_number_is_warned_of() -> None:
 )
 def test_percent_never_rounds_up_to_all(value: float, text: str) -> None:
     assert percent(value) == text
+
+
+def test_few_inputs_are_told_of() -> None:
+    def item(value: float, rows: int) -> Agreement:
+        return Agreement("a", "a", "decisions", value, rows, False)
+
+    assert warnings([item(1.0, 8)]) == []
+    assert warnings([item(1.0, 9), item(1.0, 3)]) == [
+        "agreement was measured on 3 inputs, too few to tell: give more (--data, --samples)"
+    ]
+    assert len(warnings([item(0.2, 3)])) == 2

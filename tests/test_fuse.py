@@ -22,10 +22,10 @@ from kmerge.calibration.inputs import Inputs
 from kmerge.engine import merge_tensors
 from kmerge.fuse import model as fuse_model
 from kmerge.fuse import ridge
-from kmerge.fuse.batches import in_batches
+from kmerge.fuse.batches import UNSEEN, in_batches, share_unseen
 from kmerge.fuse.blend import FUNCTIONS, Sample, _metric, _Problem, blended, function_of
 from kmerge.fuse.clusters import cluster_units, distances
-from kmerge.fuse.model import UNSEEN, Fusion, fuse_models
+from kmerge.fuse.model import Fusion, fuse_models
 from kmerge.fuse.pairing import assigned, correlations, transported, zipped
 from kmerge.fuse.pairs import Frame, Pair, arranged, by_position
 from kmerge.fuse.ridge import STRENGTHS, Regression, Solution
@@ -867,6 +867,25 @@ def test_the_seed_is_all_that_chance_follows(
     again, _ = fuse(networks["dense"][:2], examples("dense"), tmp_path)
     for place, value in strangers["dense"][0].values.items():
         np.testing.assert_array_equal(again.values[place], value)
+
+
+def test_each_head_is_judged_by_its_own_rows(networks: Networks, tmp_path: Path) -> None:
+    """Of the other source's rows, all the same, nothing is told but that it is there."""
+    (x,) = examples("dense", 100).arrays
+    x[:60] = 0
+    given = Inputs((x,), np.repeat([0, 1], [60, 40]))
+    fusion, model = fuse(networks["dense"][:2], given, tmp_path)
+    assert [item.rows for item in fusion.agreements] == [12, 8]
+    unseen = given.split(share_unseen(given.owners), 0)[1]
+    own = unseen.arrays[0][unseen.owners == 1]
+    wanted = measure_agreement("", "", outputs_of(networks["dense"][1], own), zoo.predictions(model, own)[1], False)
+    assert fusion.agreements[1].value == pytest.approx(wanted.value, abs=1e-4)
+
+
+@pytest.mark.parametrize(("rows", "unseen"), [(8, 3), (14, 5), (24, 8), (60, 8), (240, 24)])
+def test_the_agreement_is_never_that_of_one_row(rows: int, unseen: int) -> None:
+    given = inputs_of(np.zeros((rows, 2)))
+    assert given.split(share_unseen(given.owners), 0)[1].rows == unseen
 
 
 # ---- repair

@@ -20,7 +20,7 @@ import pytest
 import kmerge
 from kmerge.agreement import Agreement
 from kmerge.calibration.inputs import Inputs
-from kmerge.fuse.model import UNSEEN
+from kmerge.fuse.batches import UNSEEN
 from kmerge.plan import Calibration, Plan
 from kmerge.surgery import merge_graphs
 
@@ -308,6 +308,14 @@ def test_a_merge_of_weights_is_measured_where_inputs_are_given(mlps: list[Path],
     with h5py.File(tmp_path / "o.h5") as file:
         assert json.loads(file.attrs["kmerge"])["agreement"] == report.to_dict()["agreement"]
     assert report.warnings
+
+
+def test_a_head_is_measured_on_the_inputs_of_its_source(mlps: list[Path], tmp_path: Path) -> None:
+    for path, count in zip(mlps, (12, 20), strict=True):
+        np.savez(tmp_path / f"{path.stem}.npz", x=rows_for(path, count))
+    data = {path.stem: tmp_path / f"{path.stem}.npz" for path in mlps}
+    report = kmerge.combine(mlps, tmp_path / "o.h5", method="mean", data=data)
+    assert [item.rows for item in report.agreement] == [12, 12]  # as many of each, where nobody says
 
 
 @pytest.mark.parametrize("suffix", [".h5", ".keras"])

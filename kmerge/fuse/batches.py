@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 import numpy as np
 
+from kmerge.agreement import FEW_ROWS
 from kmerge.calibration.enrich import crossed
 from kmerge.calibration.inputs import Inputs
 from kmerge.methods.registry import Array
@@ -14,11 +15,27 @@ BATCH_BYTES = 2 << 20
 """Bytes of inputs that are run at a time."""
 HELD_BACK = 5
 """One input of so many chooses the strength of the regressions."""
+UNSEEN = 0.1
+"""Share of many inputs that measure the agreement and nothing else."""
+
+
+def share_unseen(owners: Array) -> float:
+    """Share of the inputs that measure the agreement and nothing else.
+
+    A tenth, or as much as gives each head rows enough of its own; never more than a third.
+
+    Args:
+        owners: number of the source that each input was given for, shape (rows,); -1 where for all.
+    """
+    counts = np.unique(owners, return_counts=True)[1]
+    enough = counts[counts >= FEW_ROWS]
+    smallest = int(enough.min()) if len(enough) else len(owners)
+    return max(UNSEEN, min(FEW_ROWS / max(smallest, 1), 1 / 3))
 
 
 def held_back(rows: int) -> Array:
     """Which of so many inputs are held back, shape (rows,), bool."""
-    return np.arange(rows) % HELD_BACK == HELD_BACK - 1
+    return np.asarray(np.arange(rows) % HELD_BACK == HELD_BACK - 1)
 
 
 def batch_size(inputs: Inputs) -> int:

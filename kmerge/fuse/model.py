@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from kmerge.agreement import Agreement, ends_in_sigmoid, measure_agreement
+from kmerge.agreement import Agreement, ends_in_sigmoid, measure_agreement, own_rows
 from kmerge.calibration.enrich import channels_first
 from kmerge.calibration.inputs import Inputs, entries
 from kmerge.calibration.network import Network, Tape, open_network, to_numpy
 from kmerge.errors import PlanError
 from kmerge.fuse.attention import attention_tasks
-from kmerge.fuse.batches import held_back, in_batches
+from kmerge.fuse.batches import held_back, in_batches, share_unseen
 from kmerge.fuse.blend import blended
 from kmerge.fuse.context import Context, Passes, Task
 from kmerge.fuse.linear import linear_tasks
@@ -55,8 +55,6 @@ MEMORY = 64 << 20
 """Bytes of activations that each of both networks may keep between two steps."""
 ENOUGH = 1000
 """Inputs below which more are made out of pairs of them."""
-UNSEEN = 0.1
-"""Share of the inputs that measure the agreement and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ def fuse_models(
     Args:
         layout: the sources, laid over the first.
         plan: roles and method.
-        inputs: unlabelled, at least 8; a tenth of them measures the agreement and is not fitted to.
+        inputs: unlabelled, at least 8; a tenth of them, more of few, measures the agreement and is not fitted to.
         folder: for temporary files.
         progress: called with steps done and in all.
         custom_objects: classes of custom layers, as for `keras.saving.load_model`.
@@ -106,7 +104,7 @@ def fuse_models(
     one layer's sums of products.
     """
     _check_inputs(layout)
-    fitted, unseen = inputs.split(UNSEEN, plan.seed)
+    fitted, unseen = inputs.split(share_unseen(inputs.owners), plan.seed)
     run = _Run(layout, plan, fitted, folder, progress, custom_objects, trusted)
     context = run.solved()
     merged = widened(context, merge_graphs(layout, plan))
@@ -356,7 +354,7 @@ def _agreements(
         for ref, name in zip(tensors, names, strict=True):
             theirs = Ref(every_call[number, ref.call], ref.output)
             ours = Ref(merged_call[number, ref.call], ref.output)
-            heads.append((source, name, ref, theirs, ours))
+            heads.append((number, name, ref, theirs, ours))
     given: list[tuple[list[Array], list[Array]]] = [([], []) for _ in heads]
     for batch in inputs.batches(max(len(batch[0]) for batch in context.source_tape.batches)):
         one = _outputs(context.every, batch, [head[3] for head in heads])
@@ -370,10 +368,12 @@ def _agreements(
         one_mean, two_mean = (np.tensordot(plan.weights, [pair[n] for pair in values], axes=1) for n in range(2))
         binary = ends_in_sigmoid(source_graph(layout.first), heads[0][2])
         return (measure_agreement("average", "average", one_mean, two_mean, synthetic, binary),)
-    return tuple(
-        measure_agreement(source.label, name, first, second, synthetic, ends_in_sigmoid(source_graph(source), ref))
-        for (source, name, ref, _, _), (first, second) in zip(heads, values, strict=True)
-    )
+    found = []
+    for (number, name, ref, _, _), (first, second) in zip(heads, values, strict=True):
+        source = layout.sources[number]
+        own, binary = own_rows(inputs.owners, number), ends_in_sigmoid(source_graph(source), ref)
+        found.append(measure_agreement(source.label, name, first[own], second[own], synthetic, binary))
+    return tuple(found)
 
 
 def _outputs(network: Network, batch: Sequence[Array], wanted: Sequence[Ref]) -> list[Array]:
