@@ -18,13 +18,13 @@ from kmerge.errors import DataError, KmergeError, PlanError
 from kmerge.graph import Ref, flatten
 from kmerge.layout import source_graph
 from kmerge.methods.registry import Array
+from kmerge.rules import FEWEST_SAMPLES
 from kmerge.shapes import Shape, infer_shapes
 from kmerge.source import Source
 
 ROWS = 2000
 """How many rows are drawn where nobody says."""
-FEWEST = 8
-"""Fewer rows are too few to calibrate on and to hold some back."""
+FEWEST = FEWEST_SAMPLES
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kmerge.agreement import Agreement, ends_in_sigmoid, measure_agreement, own_rows
+from kmerge.agreement import MEAN_LABEL, Agreement, ends_in_sigmoid, measure_agreement, own_rows
 from kmerge.calibration.enrich import channels_first
 from kmerge.calibration.inputs import Inputs, entries
 from kmerge.calibration.network import Network, Tape, open_network, to_numpy
@@ -112,11 +112,13 @@ def fuse_models(
     if run.method == "fuse" and plan.width == 1 and _maybe_related(layout, plan):
         mean = run.open(context.merged, None, "mean", plan.weights)
         judges = fitted.take(np.flatnonzero(held_back(fitted.rows)))  # others than those that the agreement is told of
-        ours, theirs = (_agreements(context, network, layout, plan, judges) for network in (context.own, mean))
+        ours, theirs = (
+            _agreements(context, network, layout, plan, merged.heads, judges) for network in (context.own, mean)
+        )
         if all(one.value >= other.value for one, other in zip(theirs, ours, strict=True)):
             run.notes.append("the plain mean of the weights agrees with each source at least as well, so it was taken")
             values, context.own = {}, mean
-    agreements = _agreements(context, context.own, layout, plan, unseen)
+    agreements = _agreements(context, context.own, layout, plan, merged.heads, unseen)
     return Fusion(merged, values, agreements, tuple(run.notes), tuple(run.log))
 
 
@@ -170,6 +172,7 @@ class _Run:
         self.method = next((layer.method for layer in plan.layers if layer.method), plan.method)
         given = next((layer.options for layer in plan.layers if layer.method), plan.options)
         self.options = {**METHODS[self.method].options, **given}
+        self.seed = plan.seed if self.options.get("seed") is None else int(self.options["seed"])
 
     def open(
         self,
@@ -211,7 +214,7 @@ class _Run:
         shared = [number for number, layer in enumerate(plan.of_first) if layer.role == "shared" and layer.has_weights]
         spaces = layout_spaces(layout, shared)
         frame = Frame(layout.sources, spaces, tuple(space.size for space in spaces))
-        rng = np.random.default_rng(plan.seed)
+        rng = np.random.default_rng(self.seed)
         first = channels_first(source_graph(layout.first))
         batches, held = in_batches(inputs, ENOUGH if self.method == "fuse" else 0, rng, first)
         return Context(every, merged, frame, plan.weights, Tape(every, batches, MEMORY), held, rng)
@@ -341,17 +344,21 @@ def _moved(context: Context, merged: Merged) -> dict[tuple[int, int], Array]:
 
 
 def _agreements(
-    context: Context, network: Network | None, layout: Layout, plan: Plan, inputs: Inputs
+    context: Context,
+    network: Network | None,
+    layout: Layout,
+    plan: Plan,
+    names: Mapping[str, Sequence[str]],
+    inputs: Inputs,
 ) -> tuple[Agreement, ...]:
-    """What each head of a merged network gives against its source."""
+    """What each head of a merged network gives against its source; `names` are those of the outputs by label."""
     assert network is not None
     merged_call = {pair: number for number, stands in enumerate(context.merged.calls) for pair in stands}
     every_call = {pair: number for number, stands in enumerate(context.every.merged.calls) for pair in stands}
     heads = []
     for number, source in enumerate(layout.sources):
         tensors = [ref for ref in flatten(source_graph(source).outputs) if isinstance(ref, Ref)]
-        names = context.merged.heads[source.label]
-        for ref, name in zip(tensors, names, strict=True):
+        for ref, name in zip(tensors, names[source.label], strict=True):
             theirs = Ref(every_call[number, ref.call], ref.output)
             ours = Ref(merged_call[number, ref.call], ref.output)
             heads.append((number, name, ref, theirs, ours))
@@ -367,12 +374,12 @@ def _agreements(
     if plan.outputs == "mean" and len({pair[0].shape for pair in values}) == 1 and len(heads) == len(layout.sources):
         one_mean, two_mean = (np.tensordot(plan.weights, [pair[n] for pair in values], axes=1) for n in range(2))
         binary = ends_in_sigmoid(source_graph(layout.first), heads[0][2])
-        return (measure_agreement("average", "average", one_mean, two_mean, synthetic, binary),)
+        return (measure_agreement(MEAN_LABEL, heads[0][1], one_mean, two_mean, synthetic, binary),)
     found = []
-    for (number, name, ref, _, _), (first, second) in zip(heads, values, strict=True):
+    for (number, name, ref, _, _), (before, after) in zip(heads, values, strict=True):
         source = layout.sources[number]
         own, binary = own_rows(inputs.owners, number), ends_in_sigmoid(source_graph(source), ref)
-        found.append(measure_agreement(source.label, name, first[own], second[own], synthetic, binary))
+        found.append(measure_agreement(source.label, name, before[own], after[own], synthetic, binary))
     return tuple(found)
 
 
