@@ -28,7 +28,7 @@ from kmerge.fuse.repair import repair_tasks
 from kmerge.fuse.scale import scale_tasks
 from kmerge.fuse.selection import selected
 from kmerge.fuse.sensitivity import Sensitivities, sensitivities
-from kmerge.fuse.unfitted import held_spaces, left_layers, unfitted
+from kmerge.fuse.unfitted import held_spaces, left_layers, unfitted, unmatched
 from kmerge.fuse.units import (
     Moments,
     clustered,
@@ -261,6 +261,8 @@ class _Run:
 
             context.frame = frame = replace(frame, sizes=spent(context, plan.width, changing, loss))
             self._tell_width(context, free, changing)
+        loose = [n for n, space in enumerate(frame.spaces) if ours[n] and not space.fixed and n not in free]
+        self.notes += unmatched(context, loose)
         self._matters = sensitivities(context, seen) if self.method == "fuse" and free else {}
         context.pairs = [
             self._paired(context, seen, number, moments[number], scaled.get(number, False), number in whole)
