@@ -100,8 +100,15 @@ def fuse_models(
         MergeError: if Keras does not open the sources or run them on the inputs, or something is not finite.
         PlanError: if the sources take inputs of different shapes.
 
-    Memory: the weights of all sources and of the merged model, 64 MB of activations for each of both networks, and
-    one layer's sums of products.
+    Memory, at its peak the sum of:
+        - the weights of all sources and of the merged model, live, and those of the merged model in float64;
+        - the inputs, and those made of them, up to `ENOUGH`;
+        - `MEMORY` of activations for each of both networks, and all activations of one batch, which has at most 64
+          inputs and 2 MB of them;
+        - for all groups of units together, products of the units of all sources in float64, and 6,000 rows of them for
+          each place where they are seen;
+        - one layer's sums of products, columns squared in float64, or its rows where they are fewer than its columns;
+          of a recurrent layer the sequences that it is fitted to, with their states and what reads them.
     """
     _check_inputs(layout)
     fitted, unseen = inputs.split(share_unseen(inputs.owners), plan.seed)
