@@ -12,6 +12,8 @@ from kmerge.graph import Graph, Ref
 from kmerge.methods.registry import Array
 
 Measure = Literal["decisions", "correlation"]
+MEAN_LABEL = "mean"
+"""What an agreement is labelled with where one output is the mean of all heads."""
 FEW_ROWS = 8
 """Fewer inputs tell little of how well a head agrees."""
 WARN_BELOW = 0.90
@@ -23,7 +25,7 @@ class Agreement:
     """How well one head agrees with its source.
 
     Attributes:
-        label: of the source.
+        label: of the source; `MEAN_LABEL` for the mean of all of them.
         output: name of the output in the merged model.
         measure: "decisions", the share of inputs on which both decide alike; "correlation", between their values.
         value: 1 is full agreement; a correlation can be negative.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kmerge import live
-from kmerge.agreement import Agreement, ends_in_sigmoid, lowest, measure_agreement, own_rows, percent
+from kmerge.agreement import MEAN_LABEL, Agreement, ends_in_sigmoid, lowest, measure_agreement, own_rows, percent
 from kmerge.assembly import assemble
 from kmerge.errors import MergeError
 from kmerge.graph import Ref, flatten
@@ -172,13 +172,15 @@ def _measured(job: Job, work: Workspace, known: Mapping[str, Any]) -> tuple[Agre
                 )
             binary = ends_in_sigmoid(graph, ref)
             own = slice(None) if one else own_rows(job.inputs.owners, number)
-            shown = "mean" if one else label
+            shown = MEAN_LABEL if one else label
             found.append(measure_agreement(shown, mine, values[own], others[own], job.inputs.synthetic, binary))
     return tuple(found)
 
 
 def _outputs_of(job: Job, work: Workspace, known: Mapping[str, Any]) -> dict[str, Array]:
     """What a job's model gives on the job's inputs, by the name of the output."""
+    from kmerge.calibration.network import to_numpy
+
     assert job.merged is not None
     suffix = ".keras" if job.assembly.kind in (Kind.KERAS, Kind.FOLDER) else ".h5"
     path = work.subfolder() / f"model{suffix}"
@@ -186,7 +188,7 @@ def _outputs_of(job: Job, work: Workspace, known: Mapping[str, Any]) -> dict[str
     model = live.load_model(path, "the models to compare them", known, work.trusted)
     try:
         with live.quiet():
-            rows = [[_to_numpy(value) for value in batch] for batch in _batches(model, job)]
+            rows = [[to_numpy(value) for value in batch] for batch in _batches(model, job)]
     except Exception as error:
         raise MergeError(f"Keras cannot run the models on the inputs: {live.one_line(error)}.") from error
     values = [np.concatenate(columns) for columns in zip(*rows, strict=True)]
@@ -219,9 +221,3 @@ def _output_names(merged: Merged) -> list[str]:
     if len(flatten(merged.graph.outputs)) == len(heads[0]):
         return list(heads[0])
     return [name for names in heads for name in names]
-
-
-def _to_numpy(value: Any) -> Array:
-    import keras
-
-    return np.asarray(keras.ops.convert_to_numpy(value))

@@ -792,7 +792,9 @@ def test_the_plain_mean_is_taken_where_no_head_loses_by_it(
     """It is judged by rows that the reported agreement is not measured on, and never stands for another method."""
     measured: list[Inputs] = []
 
-    def agreements(context: Any, found: Any, layout: Any, plan: Any, inputs: Inputs) -> tuple[Agreement, ...]:
+    def agreements(
+        context: Any, found: Any, layout: Any, plan: Any, names: Any, inputs: Inputs
+    ) -> tuple[Agreement, ...]:
         measured.append(inputs)
         second = 0.9 if len(measured) == 1 or better else 0.85
         return tuple(
@@ -833,6 +835,8 @@ def test_the_average_as_output_is_that_of_the_heads(
     (made,) = zoo.predictions(model, x)
     np.testing.assert_allclose(made, np.mean(heads, axis=0), atol=1e-5)
     (agreement,) = fusion.agreements
+    assert (agreement.label, agreement.output) == ("mean", fusion.merged.heads["a"][0])
+    assert agreement.output in {layer.name for layer in model.layers}
     unseen = examples("dense").split(UNSEEN, 0)[1].arrays[0]
     wanted = np.mean([outputs_of(source, unseen) for source in networks["dense"][:2]], axis=0)
     own = measure_agreement("", "", wanted, zoo.predictions(model, unseen)[0], False)
@@ -886,6 +890,20 @@ def test_each_head_is_judged_by_its_own_rows(networks: Networks, tmp_path: Path)
 def test_the_agreement_is_never_that_of_one_row(rows: int, unseen: int) -> None:
     given = inputs_of(np.zeros((rows, 2)))
     assert given.split(share_unseen(given.owners), 0)[1].rows == unseen
+
+
+def test_the_seed_of_a_method_wins(networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def stop(_: Inputs, __: int, rng: np.random.Generator, *___: Any) -> Any:
+        seen.append(rng.bit_generator.state)
+        raise InterruptedError
+
+    monkeypatch.setattr(fuse_model, "in_batches", stop)
+    for options in ({"by": "activations"}, {"by": "activations", "seed": 5}):
+        with pytest.raises(InterruptedError):
+            fuse(networks["dense"][:2], examples("dense", 20), tmp_path, method="align", options=options, seed=3)
+    assert seen == [np.random.default_rng(seed).bit_generator.state for seed in (3, 5)]
 
 
 # ---- repair

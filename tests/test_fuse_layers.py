@@ -391,6 +391,38 @@ def test_towers_of_their_own_before_a_shared_layer() -> None:
         assert all(found.value > 0.5 for found in strangers.agreements)
 
 
+PRIVATE: dict[str, tuple[Callable[..., Any], zoo.Spec]] = {
+    "embedding": (lambda b, x: b.Embedding(9, 6, name="tower")(x), zoo.tokens(4, high=9)),
+    "recurrent": (lambda b, x: b.LSTM(6, return_sequences=True, name="tower")(x), F(4, 3)),
+    "separable": (lambda b, x: b.SeparableConv1D(6, 2, name="tower")(x), F(4, 3)),
+}
+
+
+@pytest.mark.parametrize("weights", [None, [1, 0]], ids=str)
+@pytest.mark.parametrize("kind", PRIVATE)
+def test_a_private_layer_of_any_kind_before_a_shared_one(kind: str, weights: list[float] | None) -> None:
+    """No source's own layer is lost, whatever is known of its units; that they were not matched is told."""
+    tower, spec = PRIVATE[kind]
+
+    def recipe(b: Any, x: Any) -> Any:
+        y = b.Dense(8, activation="relu", name="middle")(b.GlobalAveragePooling1D()(tower(b, x)))
+        return b.Dense(3, name="top")(y)
+
+    case = case_of(kind, recipe, spec)
+    with ExitStack() as stack:
+        source, _ = opened(case, stack)
+        roles = [("tower", "private"), ("middle", "shared")]
+        rules = {} if weights is None else {"weights": weights}
+        other = stranger(source, "b", 1)
+        fusion, _ = fused([source, other], case.inputs(200), trunk="auto", roles=roles, **rules)
+        for layer, origin in enumerate(fusion.merged.layers):
+            if (layer, 0) in fusion.values and origin.role == "private":
+                assert np.abs(fusion.values[layer, 0]).max() > 1e-3
+        assert len([note for note in fusion.notes if "'a_tower'" in note and "not matched" in note]) == 1
+        assert fusion.agreements[0].value > 0.5
+        assert fusion.agreements[1].value > (0.5 if weights is None else 0)
+
+
 def test_a_private_normalisation_between_shared_layers() -> None:
     def recipe(b: Any, x: Any) -> Any:
         y = b.BatchNormalization(name="own")(b.Add()([b.Dense(6)(x), b.Dense(6)(x)]))

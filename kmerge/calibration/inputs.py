@@ -12,12 +12,12 @@ from kmerge.data import Dataset, Reading, entries, generator, open_parts
 from kmerge.data.checks import check_finite
 from kmerge.errors import DataError, PlanError
 from kmerge.methods.registry import Array
+from kmerge.rules import FEWEST_SAMPLES
 from kmerge.source import Source
 
 ROWS = 2000
 """How many rows are drawn where nobody says."""
-FEWEST = 8
-"""Fewer rows are too few to calibrate on and to hold some back."""
+FEWEST = FEWEST_SAMPLES
 
 
 @dataclass(frozen=True, eq=False)

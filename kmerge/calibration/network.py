@@ -33,11 +33,6 @@ _SPLIT = frozenset(
 """Classes whose activation function is run apart from them."""
 
 
-def before(ref: Ref) -> Ref:
-    """The tensor before the activation function of the layer that makes it."""
-    return Ref(ref.call, BEFORE)
-
-
 @dataclass(eq=False)
 class Network:
     """A merged graph with its live layers.
@@ -320,11 +315,6 @@ class Tape:
         for values in self._kept:
             stale = [ref for ref in values if ref.call in calls]
             self._size -= _bytes({ref: values.pop(ref) for ref in stale})
-
-    def forget(self) -> None:
-        """Let go of everything."""
-        self._kept = [{} for _ in self.batches]
-        self._size = 0
 
 
 def _tensor(array: Array) -> Any:

@@ -243,14 +243,15 @@ class Context:
         for source, own in origin.members:
             if sources is not None and source not in sources:
                 continue
-            share = 1.0 if len(origin.members) == 1 else self.shares[source]
+            alone = len(origin.members) == 1
+            share = 1.0 if alone else self.shares[source]
             matrix: Array = np.ones((1, 1))
             part: Array = np.ones(1)
             for place, axis in axes:
                 size = self.frame.shape((source, own, place))[axis]
                 units = self.frame.axis((source, own, place), axis)
-                one = np.eye(size) * share if units is None else units.matrix(self.pairs, source, size, share)
-                mine = np.full(size, share) if units is None else units.parts(self.pairs, source, share)
+                one = np.eye(size) * share if units is None else units.matrix(self.pairs, source, size, share, alone)
+                mine = np.full(size, share) if units is None else units.parts(self.pairs, source, share, alone)
                 matrix, part = np.kron(matrix, one), np.kron(part, mine)
             found[source], parts[source] = matrix, part
         if len(axes) == 1 and len(origin.members) == len(found) > 1:  # all of it: made of parts that sum to 1

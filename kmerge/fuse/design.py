@@ -265,10 +265,6 @@ class EinsumRows(Linear):
         sizes = [like[self.kernel_.index(letter)] for letter in letters]
         return matrix.reshape(sizes).transpose([letters.index(letter) for letter in self.kernel_])
 
-    @property
-    def _plain_bias(self) -> bool:
-        return all(letter in self._grouped + self._new for letter in self.biased)
-
     def offset(self, bias: Array, offset: Array, like: tuple[int, ...]) -> Array:
         """A number for outputs that have one bias together is the mean of theirs."""
         letters = self._grouped + self._new

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kmerge.agreement import Agreement, ends_in_sigmoid, measure_agreement, own_rows
+from kmerge.agreement import MEAN_LABEL, Agreement, ends_in_sigmoid, measure_agreement, own_rows
 from kmerge.calibration.enrich import channels_first
 from kmerge.calibration.inputs import Inputs
 from kmerge.calibration.network import Network, Tape, open_network, to_numpy
@@ -30,7 +30,7 @@ from kmerge.fuse.repair import repair_tasks
 from kmerge.fuse.scale import scale_tasks
 from kmerge.fuse.selection import selected
 from kmerge.fuse.sensitivity import Sensitivities, sensitivities
-from kmerge.fuse.unfitted import held_spaces, left_layers, unfitted
+from kmerge.fuse.unfitted import held_spaces, left_layers, unfitted, unmatched
 from kmerge.fuse.units import (
     Moments,
     clustered,
@@ -104,8 +104,15 @@ def fuse_models(
         MergeError: if Keras does not open the sources or run them on the inputs, or something is not finite.
         PlanError: if the sources take inputs of different shapes.
 
-    Memory: the weights of all sources and of the merged model, 64 MB of activations for each of both networks, and
-    one layer's sums of products.
+    Memory, at its peak the sum of:
+        - the weights of all sources and of the merged model, live, and those of the merged model in float64;
+        - the inputs, and those made of them, up to `ENOUGH`;
+        - `MEMORY` of activations for each of both networks, and all activations of one batch, which has at most 64
+          inputs and 2 MB of them;
+        - for all groups of units together, products of the units of all sources in float64, and 6,000 rows of them for
+          each place where they are seen;
+        - one layer's sums of products, columns squared in float64, or its rows where they are fewer than its columns;
+          of a recurrent layer the sequences that it is fitted to, with their states and what reads them.
     """
     _check_inputs(layout)
     fitted, unseen = inputs.split(share_unseen(inputs.owners), plan.seed)
@@ -116,11 +123,13 @@ def fuse_models(
     if run.method == "fuse" and plan.width == 1 and _maybe_related(layout, plan):
         mean = run.open(context.merged, None, "mean", plan.weights)
         judges = fitted.take(np.flatnonzero(held_back(fitted.rows)))  # others than those that the agreement is told of
-        ours, theirs = (_agreements(context, network, layout, plan, judges) for network in (context.own, mean))
+        ours, theirs = (
+            _agreements(context, network, layout, plan, merged.heads, judges) for network in (context.own, mean)
+        )
         if all(one.value >= other.value for one, other in zip(theirs, ours, strict=True)):
             run.notes.append("the plain mean of the weights agrees with each source at least as well, so it was taken")
             values, context.own = {}, mean
-    agreements = _agreements(context, context.own, layout, plan, unseen)
+    agreements = _agreements(context, context.own, layout, plan, merged.heads, unseen)
     return Fusion(merged, values, agreements, tuple(run.notes), tuple(run.log))
 
 
@@ -174,6 +183,7 @@ class _Run:
         self.method = next((layer.method for layer in plan.layers if layer.method), plan.method)
         given = next((layer.options for layer in plan.layers if layer.method), plan.options)
         self.options = {**METHODS[self.method].options, **given}
+        self.seed = plan.seed if self.options.get("seed") is None else int(self.options["seed"])
 
     def open(
         self,
@@ -215,7 +225,7 @@ class _Run:
         shared = [number for number, layer in enumerate(plan.of_first) if layer.role == "shared" and layer.has_weights]
         spaces = layout_spaces(layout, shared)
         frame = Frame(layout.sources, spaces, tuple(space.size for space in spaces))
-        rng = np.random.default_rng(plan.seed)
+        rng = np.random.default_rng(self.seed)
         first = channels_first(source_graph(layout.first))
         enough = ENOUGH_FOR_DENSE if _gives_one_row(merged, layout.sources) else ENOUGH
         batches, held = in_batches(inputs, enough if self.method == "fuse" else 0, rng, first)
@@ -263,6 +273,8 @@ class _Run:
 
             context.frame = frame = replace(frame, sizes=spent(context, plan.width, changing, loss))
             self._tell_width(context, free, changing)
+        loose = [n for n, space in enumerate(frame.spaces) if ours[n] and not space.fixed and n not in free]
+        self.notes += unmatched(context, loose)
         self._matters = sensitivities(context, seen) if self.method == "fuse" and free else {}
         context.pairs = [
             self._paired(context, seen, number, moments[number], scaled.get(number, False), number in whole)
@@ -359,17 +371,21 @@ def _moved(context: Context, merged: Merged) -> dict[tuple[int, int], Array]:
 
 
 def _agreements(
-    context: Context, network: Network | None, layout: Layout, plan: Plan, inputs: Inputs
+    context: Context,
+    network: Network | None,
+    layout: Layout,
+    plan: Plan,
+    names: Mapping[str, Sequence[str]],
+    inputs: Inputs,
 ) -> tuple[Agreement, ...]:
-    """What each head of a merged network gives against its source."""
+    """What each head of a merged network gives against its source; `names` are those of the outputs by label."""
     assert network is not None
     merged_call = {pair: number for number, stands in enumerate(context.merged.calls) for pair in stands}
     every_call = {pair: number for number, stands in enumerate(context.every.merged.calls) for pair in stands}
     heads = []
     for number, source in enumerate(layout.sources):
         tensors = [ref for ref in flatten(source_graph(source).outputs) if isinstance(ref, Ref)]
-        names = context.merged.heads[source.label]
-        for ref, name in zip(tensors, names, strict=True):
+        for ref, name in zip(tensors, names[source.label], strict=True):
             theirs = Ref(every_call[number, ref.call], ref.output)
             ours = Ref(merged_call[number, ref.call], ref.output)
             heads.append((number, name, ref, theirs, ours))
@@ -385,12 +401,12 @@ def _agreements(
     if plan.outputs == "mean" and len({pair[0].shape for pair in values}) == 1 and len(heads) == len(layout.sources):
         one_mean, two_mean = (np.tensordot(plan.weights, [pair[n] for pair in values], axes=1) for n in range(2))
         binary = ends_in_sigmoid(source_graph(layout.first), heads[0][2])
-        return (measure_agreement("average", "average", one_mean, two_mean, synthetic, binary),)
+        return (measure_agreement(MEAN_LABEL, heads[0][1], one_mean, two_mean, synthetic, binary),)
     found = []
-    for (number, name, ref, _, _), (theirs_values, our_values) in zip(heads, values, strict=True):
+    for (number, name, ref, _, _), (before, after) in zip(heads, values, strict=True):
         source = layout.sources[number]
         own, binary = own_rows(inputs.owners, number), ends_in_sigmoid(source_graph(source), ref)
-        found.append(measure_agreement(source.label, name, theirs_values[own], our_values[own], synthetic, binary))
+        found.append(measure_agreement(source.label, name, before[own], after[own], synthetic, binary))
     return tuple(found)
 
 

@@ -35,6 +35,14 @@ class Pair:
     def size(self) -> int:
         return int(self.merge.shape[2])
 
+    def made(self, source: int, alone: bool) -> Array:
+        """What merged units are made of a source's, shape (units, merged units).
+
+        A layer that is one source's alone makes what stands for its units even where no merged unit is made of them.
+        """
+        own = self.merge[source]
+        return np.asarray(self.unmerge[source].T if alone and not own.any() else own)
+
 
 def by_position(sources: int, size: int, shares: Sequence[float]) -> Pair:
     """Units that mean the same at the same place in every source."""
@@ -65,7 +73,7 @@ class Axis:
     blocks: tuple[tuple[int, Labels, Labels], ...]
     kept: tuple[Labels, Labels]
 
-    def matrix(self, pairs: Sequence[Pair], source: int, old: int, share: float) -> Array:
+    def matrix(self, pairs: Sequence[Pair], source: int, old: int, share: float, alone: bool = False) -> Array:
         """What takes this axis from a source to the merged network, shape (old, length).
 
         Args:
@@ -73,16 +81,17 @@ class Axis:
             source: its number.
             old: length in the source.
             share: of the source in what has no units.
+            alone: whether the weight is that of this source alone.
         """
         result = np.zeros((old, self.length))
         result[self.kept[0], self.kept[1]] = share if self.merge else 1.0
         for space, places, merged in self.blocks:
-            values = pairs[space].merge[source] if self.merge else pairs[space].unmerge[source].T
+            values = pairs[space].made(source, alone) if self.merge else pairs[space].unmerge[source].T
             for copy in range(places.shape[1]):
                 result[np.ix_(places[:, copy], merged[:, copy])] = values
         return result
 
-    def parts(self, pairs: Sequence[Pair], source: int, share: float) -> Array:
+    def parts(self, pairs: Sequence[Pair], source: int, share: float, alone: bool = False) -> Array:
         """How much of each merged unit comes from a source, shape (length,); sums to 1 over all sources.
 
         It is the part of the merged unit that the source's own share of it makes up, by least squares.
@@ -90,7 +99,7 @@ class Axis:
         result = np.zeros(self.length)
         result[self.kept[1]] = share
         for space, _, merged in self.blocks:
-            own = np.einsum("ik,ki->k", pairs[space].merge[source], pairs[space].unmerge[source])
+            own = np.einsum("ik,ki->k", pairs[space].made(source, alone), pairs[space].unmerge[source])
             result[merged] = np.maximum(own, 0)[:, None]
         return result
 
@@ -209,17 +218,18 @@ class Frame:
             for pieces in self._pieces(place):
                 values = np.concatenate([_read(values, use, pairs[space], source) for space, use in pieces], -1)
                 values = np.moveaxis(values, -1, pieces[0][1].part[0][0])
+            alone = len(places) == 1
             for axis, found in axes.items():
-                matrix = found.matrix(pairs, source, values.shape[axis], share)
+                matrix = found.matrix(pairs, source, values.shape[axis], share, alone)
                 values = np.moveaxis(np.tensordot(values, matrix, axes=(axis, 0)), -1, axis)
             made = [(axis, found) for axis, found in axes.items() if found.merge]
             if not made:
                 values = share * values
-            elif len(made) > 1 or len(places) == 1:  # several parts multiplied, or one source's alone: brought to 1
+            elif len(made) > 1 or alone:  # several parts multiplied, or one source's alone: brought to 1
                 part: Array = np.ones(())
                 for axis, found in made:
                     shape = [-1 if axis == other else 1 for other in range(values.ndim)]
-                    part = part * found.parts(pairs, source, share).reshape(shape)
+                    part = part * found.parts(pairs, source, share, alone).reshape(shape)
                 total = part if not number else total + part
             result = values if result is None else result + values
         assert result is not None

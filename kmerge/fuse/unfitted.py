@@ -45,6 +45,31 @@ def held_spaces(context: Context, tasks: Iterable[Task]) -> set[int]:
     }
 
 
+def unmatched(context: Context, spaces: Iterable[int]) -> list[str]:
+    """Notes of units that each source makes in layers of its own, and that were not matched.
+
+    Args:
+        context: of the fusion.
+        spaces: numbers of those whose units keep their places.
+    """
+    private = {
+        member: own.name
+        for own, origin in zip(context.merged.graph.layers, context.merged.layers, strict=True)
+        if origin.role == "private"
+        for member in origin.members
+    }
+    names = []
+    for number in spaces:
+        made = [use for use in context.frame.spaces[number].axes if use.role == "output"]
+        if made and all((use.source, use.layer) in private for use in made):
+            names.append(private[made[0].source, made[0].layer])
+    return [
+        f"the units of '{name}', which every source has of its own, were not matched between the sources: the shared "
+        "layers behind it take them as they stand. Share it too, or keep these layers private as well"
+        for name in dict.fromkeys(names)
+    ]
+
+
 def unfitted(context: Context, tasks: Collection[Task]) -> list[str]:
     """What was not fitted, a note for each layer.
 

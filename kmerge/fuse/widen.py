@@ -10,7 +10,7 @@ import numpy as np
 
 from kmerge.fuse.context import Context
 from kmerge.fuse.pairs import Frame, arranged
-from kmerge.graph import Call, Ref, refs, substitute
+from kmerge.graph import Call, Ref, substitute
 from kmerge.surgery import Merged
 
 _SIZES = {
@@ -208,6 +208,5 @@ def _shaped(graph: Any) -> Any:
     def fill(ref: Ref) -> Ref:
         return replace(ref, shape=shapes.get(Ref(ref.call, ref.output)))
 
-    assert refs is not None
     calls = tuple(Call(call.layer, substitute(call.arguments, fill)) for call in graph.calls)
     return replace(graph, calls=calls)

@@ -121,7 +121,8 @@ def transport(stack: Array, *, weights: Array, epsilon: float = 0.05, repair: bo
     Args:
         stack: values whose units stand in one order already, shape (n, *shape), one row per source.
         weights: importance, shape (n,), sums to 1.
-        epsilon: strength of the entropic regularisation, relative to the largest cost: larger is softer.
+        epsilon: strength of the entropic regularisation, in the unit of the cost, which is 1 less a
+            correlation: larger is softer.
         repair: whether to reset mean and variance of each merged unit to those of the sources' units
             (https://arxiv.org/abs/2211.08403).
         refit: whether to fit each head anew to what its source gives, by least squares.
