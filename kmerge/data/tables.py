@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -275,14 +276,14 @@ def _readable(what: str) -> Iterator[None]:
 
 
 @dataclass
-class _Table:
+class _Table(ABC):
     """Something with columns, read block by block."""
 
     columns: Mapping[str, Any]
 
+    @abstractmethod
     def blocks(self, wanted: Sequence[str]) -> Iterator[Mapping[str, Any]]:
         """Some columns, block by block."""
-        raise NotImplementedError
 
 
 def _by_name(schema: Any, what: str) -> dict[str, Any]:
