@@ -18,8 +18,11 @@ from click.testing import CliRunner
 import kmerge
 from kmerge.cli import main
 from kmerge.dialects.reading import Dialect, read_model
+from kmerge.graph import Layer, Ref
 from kmerge.source import open_source
 from kmerge.upgrade import upgrade
+from kmerge.upgrade.operations import operation_calls
+from kmerge.upgrade.part import Context
 
 LEGACY = Path(__file__).resolve().parent.parent / "fixtures" / "legacy"
 LAMBDAS = ("k122_lambda", "k224_lambda", "tfk215_lambda", "tfk215_lambda2")
@@ -200,6 +203,93 @@ def test_theano_ordering_computes_as_theano_did(tmp_path: Path) -> None:
     kmerge.convert(path, tmp_path / "new.keras")
     (got,) = outputs(keras.models.load_model(tmp_path / "new.keras"), [x])
     np.testing.assert_allclose(got, wanted.reshape(2, -1) @ dense, atol=1e-5)
+
+
+def obstacles(path: Path) -> list[str]:
+    with open_source(path) as source:
+        return [one.reason for one in upgrade(source).obstacles]
+
+
+@pytest.mark.parametrize(
+    ("size", "strides", "same"),
+    [(2, 2, False), (3, 1, True), (3, 2, False), (5, 1, False), (1, 1, True)],
+)
+def test_pools_that_theano_pads_otherwise_are_refused(size: int, strides: int, same: bool, tmp_path: Path) -> None:
+    pool = {
+        "name": "p", "batch_input_shape": [None, 6, 6, 2], "pool_size": [size, size], "strides": [strides, strides],
+        "padding": "same", "data_format": "channels_last",
+    }  # fmt: skip
+    for backend, fine in (("theano", same), ("tensorflow", True)):
+        path = write_h5(tmp_path / f"{backend}.h5", sequential(("MaxPooling2D", pool)), {}, "2.1.3", backend)
+        assert (obstacles(path) == []) is fine
+
+
+def test_a_layer_that_takes_arguments_in_each_call_is_refused_inside_a_wrapper(tmp_path: Path) -> None:
+    inner = {"class_name": "BatchNormalization", "config": {"name": "b", "mode": 2, "axis": -1, "epsilon": 1e-3}}
+    config = sequential(("TimeDistributed", {"name": "t", "batch_input_shape": [None, 4, 3], "layer": inner}))
+    arrays = {f"b_{name}": np.ones(3, "float32") for name in ("gamma", "beta", "running_mean", "running_std")}
+    path = write_h5(tmp_path / "a.h5", config, {"t": arrays}, "1.2.2", "")
+    assert obstacles(path) == ["takes arguments in each call, inside a wrapper"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernel", "message"),
+    [
+        ({"strides": [0]}, (3, 4, 5), "ZeroDivisionError"),
+        ({}, (7, 4, 5), r"kernel is \(7, 4, 5\), expected \(3, 4, 5\)"),
+        ({}, (3, 4, 5), "bias is"),
+    ],
+)
+def test_locally_connected_layers_that_make_no_sense(
+    changes: dict[str, Any], kernel: tuple[int, ...], message: str, tmp_path: Path
+) -> None:
+    config = {"name": "l", "batch_input_shape": [None, 4, 2], "filters": 5, "kernel_size": [2], "strides": [1]}
+    weights = {"l": {"l/kernel:0": np.ones(kernel, "float32"), "l/bias:0": np.ones((2, 5), "float32")}}
+    path = write_h5(
+        tmp_path / "a.h5", sequential(("LocallyConnected1D", config | changes)), weights, "2.2.4", "tensorflow"
+    )
+    with pytest.raises(kmerge.KmergeError, match=message):
+        kmerge.convert(path, tmp_path / "new.keras")
+    assert not (tmp_path / "new.keras").exists()
+
+
+OPERATIONS = [
+    ("math.cumsum", [1], {"exclusive": False}, True),
+    ("math.cumsum", [1], {"exclusive": True, "reverse": True}, False),
+    ("math.cumsum", [1, True], {}, False),
+    ("gather", [[0, 1]], {"batch_dims": 1}, False),
+    ("gather", [[0, 1]], {"axis": 1, "batch_dims": 0}, True),
+    ("one_hot", [4], {"on_value": 5.0, "off_value": -1.0}, False),
+    ("one_hot", [4], {"on_value": 1.0, "off_value": 0.0, "dtype": "float32"}, True),
+    ("nn.depth_to_space", [2], {"data_format": "NCHW"}, False),
+    ("nn.depth_to_space", [2], {"data_format": "NHWC"}, True),
+    ("image.resize", [[4, 4]], {"preserve_aspect_ratio": True}, False),
+]
+
+
+@pytest.mark.parametrize(("symbol", "args", "kwargs", "known"), OPERATIONS)
+def test_no_argument_of_an_operation_is_lost(symbol: str, args: list[Any], kwargs: dict[str, Any], known: bool) -> None:
+    context = Context((2, 15), Dialect.KERAS2)
+    layer = Layer("op", "TFOpLambda", {"name": "op", "function": symbol}, {})
+    given = {"args": [Ref(0), *args], "kwargs": kwargs}
+    assert operation_calls(layer, given, lambda *_: Ref(1), context) == Ref(1)
+    assert (not context.obstacles) is known
+
+
+def test_adjoints_of_recorded_products_are_transposes() -> None:
+    node = {"op": "BatchMatMulV2", "attr": {"adj_x": {"b": False}, "adj_y": {"b": True}, "T": {"type": "DT_FLOAT"}}}
+    layer = Layer("op", "TensorFlowOpLayer", {"name": "op", "node_def": node, "constants": {}}, {})
+    made: list[str] = []
+
+    def add(part: Any, *_: Any) -> Ref:
+        made.append(part.class_name)
+        return Ref(len(made) + 1)
+
+    context = Context((2, 3), Dialect.KERAS2)
+    assert operation_calls(layer, [[Ref(0), {}], [Ref(1), {}]], add, context) is not None
+    assert not context.obstacles
+    assert len(made) == 2  # turned, then multiplied
+    assert made[-1] == "Matmul"
 
 
 def test_a_sequential_of_branches(tmp_path: Path) -> None:

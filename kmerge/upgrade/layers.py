@@ -14,7 +14,7 @@ from kmerge.store import Tensor
 from kmerge.store.derived import scaled
 from kmerge.upgrade import keras1
 from kmerge.upgrade.local import locally_connected
-from kmerge.upgrade.part import Chain, Context, Part, Rule, cast, flipped, reshaped
+from kmerge.upgrade.part import LAYERS, Chain, Context, Part, Rule, cast, flipped, reshaped
 from kmerge.upgrade.recurrent import recurrent_rules
 from kmerge.upgrade.settings import HARD_SIGMOID, LATER, activation, is_known, kept_settings, plain_value
 
@@ -29,15 +29,40 @@ def upgrade_layer(part: Part, context: Context) -> Chain:
     if part.class_name in context.custom:
         module, registered = context.custom[part.class_name]
         return [Part(part.class_name, part.config, part.tensors, module, registered)]
+    if part.module != LAYERS:
+        context.refuse(part.class_name, "custom", "is none of Keras's own layers")
+        return [part]
     if context.old and keras1.is_keras1(part.class_name, part.config):
         part = keras1.to_keras2(part, context)
     part = _with_plain_activations(part.called(canonical_class(part.class_name)))
     if context.theano and part.class_name in _FLIPPED:
         part = part.weighing(*_unflipped(part))
+    if context.theano and _pads_otherwise(part):
+        context.refuse(part.class_name, "unknown", "pads on both sides, as Theano does where padding is 'same'")
     rule = _RULES.get(part.class_name)
     found = rule(part, context) if rule is not None else part
     chain = found if isinstance(found, list) else [found]
     return [_settled(item, context) for item in chain]
+
+
+def _pads_otherwise(part: Part) -> bool:
+    """Whether Theano's "same" padding is another one than TensorFlow's, where no rule pads in its place.
+
+    They are one for steps of one and odd sizes, in pooling up to 3: from there on Keras pads pools otherwise on Theano.
+    """
+    name, config = part.class_name, part.config
+    pools = name.startswith(("MaxPooling", "AveragePooling"))
+    kernels = name.startswith(("Conv3D", "ConvLSTM")) or name.endswith("Transpose")
+    if not (pools or kernels) or config.get("padding") != "same":
+        return False
+    sizes = _numbers(config.get("pool_size", config.get("pool_length", 2)) if pools else config.get("kernel_size", 1))
+    steps = _numbers(config.get("strides") or (sizes if pools else 1))
+    odd = all(size in (1, 3) if pools else size % 2 for size in sizes)
+    return not odd or any(step != 1 for step in steps)
+
+
+def _numbers(value: Any) -> list[int]:
+    return [int(item) for item in value] if isinstance(value, (list, tuple)) else [int(value)]
 
 
 def _with_plain_activations(part: Part) -> Part:

@@ -35,6 +35,8 @@ def locally_connected(part: Part, context: Context) -> Chain:
     places = [(length - width) // step + 1 for length, width, step in zip(sizes, size, strides, strict=True)]
     count, filters = places[0] * places[1], part.tensors[0].shape[2]
     kernel = part.tensors[0]
+    if kernel.shape[:2] != (count, size[0] * size[1] * channels):
+        raise ValueError(f"kernel is {kernel.shape}, expected {(count, size[0] * size[1] * channels, filters)}")
     if first:
         kernel = _channels_last(kernel, channels, size)
     tensors = [kernel]
@@ -105,6 +107,8 @@ def _channels_last(kernel: Tensor, channels: int, size: tuple[int, int]) -> Tens
 
 def _bias(bias: Tensor, count: int, filters: int, first: bool) -> Tensor:
     """tf.keras stores (filters, rows, columns) for channels first, Keras (rows, columns, filters)."""
+    if bias.size != count * filters:
+        raise ValueError(f"bias is {bias.shape}, expected {count} places of {filters} numbers")
     if first and bias.shape[0] == filters and bias.shape[-1] != filters:
         return derived(bias, (count, filters), lambda: bias.read().reshape(filters, count).T)
     return reshaped(bias, (count, filters))

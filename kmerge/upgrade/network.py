@@ -274,7 +274,7 @@ class _Upgrade:
         if not isinstance(entry, Mapping) or not isinstance(entry.get("class_name"), str):
             self.context.refuse("", "unknown", "wraps something that is no layer")
             return entry, tensors
-        outer, path = self.context.layer, self.path
+        outer, path, shape = self.context.layer, self.path, self.context.input_shape
         config = entry.get("config")
         name = str(config.get("name") or entry.get("name") or "") if isinstance(config, Mapping) else ""
         self.context.layer = f"{outer}/{name}" if name else outer
@@ -285,8 +285,10 @@ class _Upgrade:
             part = Part(entry["class_name"], settings, tuple(tensors))
             if entry.get("registered_name") and ">" in str(entry["registered_name"]):
                 self.context.refuse(entry["class_name"], "custom", "is none of Keras's own layers")
-            self.context.inside = recurrent
+            self.context.inside, self.context.input_shape = recurrent, None
             chain = [self._wrapped(part) for part in upgrade_layer(part, self.context)]
+            if any(part.keywords for part in chain):
+                self.context.refuse(entry["class_name"], "unknown", "takes arguments in each call, inside a wrapper")
             entries = [_entry_of(part, name or "layer") for part in chain]
             found = [tensor for part in chain for tensor in part.tensors]
             if len(chain) == 1:
@@ -299,6 +301,7 @@ class _Upgrade:
             }, found
         finally:
             self.context.layer, self.path, self.context.inside = outer, path, False
+            self.context.input_shape = shape
 
     def _model(self, entry: Mapping[str, Any], tensors: list[Tensor]) -> tuple[Any, list[Tensor]]:
         """A whole model inside a wrapper."""

@@ -93,6 +93,9 @@ def operation_calls(layer: Layer, arguments: Any, add: Add, context: Context) ->
         found = _build(symbol, values, add)
     if found is None:
         context.refuse(layer.class_name, "unknown", f"calls TensorFlow's '{symbol}', for which no counterpart is known")
+    elif left := values.left():
+        what = f"calls TensorFlow's '{symbol}' with {', '.join(left)}, for which no counterpart is known"
+        context.refuse(layer.class_name, "unknown", what)
     return found
 
 
@@ -101,8 +104,12 @@ class _Values:
 
     def __init__(self, args: list[Any], kwargs: Mapping[str, Any]) -> None:
         self.args, self.kwargs = args, dict(kwargs)
+        self._places: set[int] = set()
+        self._names: set[str] = set()
 
     def take(self, place: int, *names: str, default: Any = None) -> Any:
+        self._places.add(place)
+        self._names |= set(names)
         for name in names:
             if self.kwargs.get(name) is not None:
                 return self.kwargs[name]
@@ -111,6 +118,31 @@ class _Values:
     @property
     def first(self) -> Any:
         return self.take(0, *_FIRST_NAMES)
+
+    def all_args(self) -> list[Any]:
+        """All that are given by place."""
+        self._places |= set(range(len(self.args)))
+        return self.args
+
+    def left(self) -> list[str]:
+        """What no rule has looked at, and what is not as it would be without a word."""
+        named = [key for key, value in self.kwargs.items() if key not in self._names and not _is_plain(key, value)]
+        placed = [
+            f"argument {place + 1}"
+            for place, value in enumerate(self.args)
+            if place not in self._places and not _is_plain("", value)
+        ]
+        return named + placed
+
+
+_PLAIN = {"on_value": (1,), "dtype": ("float32",), "data_format": ("NHWC", "NWC", "NDHWC", "channels_last", "TkhXQw==")}
+"""Values that mean no more than their absence, beside nothing and false; the last is how a graph writes NHWC."""
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    if isinstance(value, Ref):
+        return False
+    return key == "name" or not value or value in _PLAIN.get(key, ())
 
 
 def _given(arguments: Any) -> _Values:
@@ -146,10 +178,13 @@ def _raw(layer: Layer, arguments: Any) -> tuple[str, _Values]:
     if isinstance(attributes, Mapping):
         for key, value in attributes.items():
             if isinstance(value, Mapping) and len(value) == 1:
-                kwargs[key] = next(iter(value.values()))
-    return symbol, _Values(
-        args, {key: kwargs[key] for key in ("keep_dims", "transpose_a", "transpose_b") if key in kwargs}
-    )
+                kwargs[_RAW.get(str(key), str(key))] = next(iter(value.values()))
+    return symbol, _Values(args, {key: value for key, value in kwargs.items() if key in _MATTERS})
+
+
+_RAW = {"adj_x": "transpose_a", "adj_y": "transpose_b"}
+_MATTERS = ("keep_dims", "transpose_a", "transpose_b", "data_format", "exclusive", "reverse", "batch_dims")
+"""Attributes of operations of a graph that say more than types and sizes."""
 
 
 def _build(symbol: str, values: _Values, add: Add) -> Ref | None:
@@ -205,7 +240,7 @@ def _concat(values: _Values, add: Add) -> Ref | None:
 
 
 def _raw_concat(values: _Values, add: Add) -> Ref | None:
-    *tensors, axis = values.args
+    *tensors, axis = values.all_args()
     return add(operation("Concatenate", "numpy", axis=axis), [tensors])
 
 

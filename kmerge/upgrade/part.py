@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -131,7 +132,13 @@ def flipped(tensor: Tensor, axes: Sequence[int]) -> Tensor:
 
 
 def reshaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """The same numbers in another shape."""
+    """The same numbers in another shape.
+
+    Raises:
+        ValueError: if they do not fill it.
+    """
+    if math.prod(shape) != tensor.size:
+        raise ValueError(f"a weight is {tensor.shape}, expected {tuple(shape)}")
     return derived(tensor, tuple(shape), lambda: tensor.read().reshape(tuple(shape)))
 
 

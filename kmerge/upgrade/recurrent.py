@@ -106,4 +106,6 @@ def _from_cudnn(kernel: Tensor, gates: int, reordered: bool) -> Tensor:
     def one(matrix: Array) -> Array:
         return matrix.T.reshape(matrix.shape, order="F") if reordered else matrix.T
 
+    if kernel.shape[-1] % gates:
+        raise ValueError(f"a kernel is {kernel.shape}, which is no whole number for each of {gates} gates")
     return made_from([kernel], kernel.shape, lambda arrays: np.hstack([one(m) for m in np.hsplit(arrays[0], gates)]))

@@ -64,7 +64,7 @@ def upgrade(
     try:
         network = upgrade_network(source, context)
         model = write_model(network.graph, Dialect.KERAS3, CURRENT)
-    except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise GraphError(
             f"'{source.name}', layer '{context.layer}': its settings or weights make no sense ({type(error).__name__}: "
             f"{error}), so it cannot be brought to current Keras. Save the model again."
