@@ -5,26 +5,28 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kmerge import live
-from kmerge.assembly import assemble
+from kmerge.assembly import Assembly, assemble
 from kmerge.custom import registered_of, replacements_of
 from kmerge.dialects.reading import Dialect
-from kmerge.engine import merge_tensors
+from kmerge.engine import copy_tensor, merge_tensors
 from kmerge.errors import FormatError, OutputError
-from kmerge.graph import flatten
+from kmerge.graph import Layer, flatten
 from kmerge.output import create_output
 from kmerge.progress import Progress, silent
 from kmerge.report.conversion import Conversion, explain_obstacles
 from kmerge.source import Source, open_source
-from kmerge.store import Kind
+from kmerge.store import Kind, Layout, TensorSpec
 from kmerge.store.target import check_target
 from kmerge.upgrade import Upgraded, alone, as_legacy, upgrade
+from kmerge.upgrade.optimizer import Variables, upgrade_state
 from kmerge.upgrade.training import upgrade_training
 from kmerge.version import __version__
 from kmerge.workspace import Workspace, family, size_of
@@ -65,21 +67,28 @@ def convert_model(
         objects = {**objects, **own}
         if upgraded.obstacles:
             raise FormatError(explain_obstacles(source.name, upgraded.obstacles))
-        upgraded, notes, carried = _with_training(source, upgraded)
-        notes = [*upgraded.notes, *notes]
-        through_keras = not legacy and _has_custom(upgraded)
-        target = work.folder / "middle.h5" if through_keras else new
+        road = _road(source, upgraded, legacy, objects)
+        carried, notes = _training_of(source, upgraded)
+        if carried is not None and road.through_keras:
+            carried = None
+            notes.append("the training configuration was dropped, since Keras rebuilt the custom layers: compile anew")
+        again = partial(upgrade, replacements=replacements, custom=registered_of(objects))
+        variables, lost = _state_of(source, upgraded, carried, legacy, again)
+        notes = [*upgraded.notes, *notes, *lost]
+        target = work.folder / f"middle{road.suffix}" if road.through_keras else new
         facts = {"file": source.name, "version": source.version, "backend": source.backend}
-        written = as_legacy(upgraded) if legacy or through_keras else upgraded.source
-        if not new.suffix and not through_keras:
+        written = as_legacy(upgraded) if road.suffix == ".h5" else upgraded.source
+        if not new.suffix and not road.through_keras:
             written = replace(written, kind=Kind.FOLDER)
         assembly = assemble(alone(written), [written])
-        if carried is not None and not through_keras:
-            assembly = _compiled(assembly, carried)
+        if carried is not None:
+            assembly = _compiled(assembly, carried, variables)
         stored = {"kmerge": __version__, "converted": {**facts, "notes": notes}}
         with create_output(assembly, target, force, lambda: stored) as output:
             merge_tensors([written], assembly.targets, output, [1.0], progress)
-        if through_keras:
+            for number, tensor in enumerate(variables.tensors if variables is not None else ()):
+                copy_tensor(tensor, output, f"{_VARIABLES}/{number}")
+        if road.through_keras:
             plain = {name.rpartition(">")[2]: value for name, value in objects.items()}  # as .h5 files name them
             live.rewrite(target, new, {**plain, **objects}, force)
         writer = f"Keras {source.version}" if source.version else "unknown"
@@ -108,40 +117,102 @@ def _lambdas_of(source: Source) -> Mapping[str, Mapping[str, Any]]:
     return found
 
 
-def _has_custom(upgraded: Upgraded) -> bool:
+@dataclass(frozen=True)
+class _Road:
+    """How a converted model comes into its file.
+
+    Attributes:
+        suffix: of the format that is written here.
+        through_keras: whether Keras then opens it, with the user's classes, and saves it in the format that is wanted.
+    """
+
+    suffix: str
+    through_keras: bool = False
+
+
+def _road(source: Source, upgraded: Upgraded, legacy: bool, objects: Mapping[str, Any]) -> _Road:
+    """Keras is needed where a format keeps the weights of a custom layer in an order that only its class knows.
+
+    Raises:
+        FormatError: if that is so and the class was not given.
+    """
+    suffix = ".h5" if legacy else ".keras"
+    custom = _first_custom(upgraded)
+    same_format = upgraded.source is source and not legacy
+    if custom is None or same_format or (legacy and source.kind is Kind.H5):
+        return _Road(suffix)
+    if not objects:
+        raise FormatError(
+            f"'{custom.name}' ({custom.class_name}) is none of Keras's own layers, and only its class knows in which "
+            f"order its weights stand in an .h5 file: write a .keras file, which takes it over as it is, or name the "
+            "module that registers it with --custom MODULE."
+        )
+    return _Road(".keras" if legacy else ".h5", through_keras=True)
+
+
+def _first_custom(upgraded: Upgraded) -> Layer | None:
     graph = upgraded.source.graph
-    return graph is not None and any(
-        not str(layer.entry.get("module") or "").startswith("keras") for layer in graph.layers if not layer.is_input
-    )
+    assert graph is not None
+    for layer in graph.layers:
+        module = str(layer.entry.get("module") or "")
+        if not layer.is_input and module != "keras" and not module.startswith("keras."):
+            return layer
+    return None
 
 
-def _with_training(source: Source, upgraded: Upgraded) -> tuple[Upgraded, list[str], dict[str, Any] | None]:
+def _state_of(
+    source: Source,
+    upgraded: Upgraded,
+    carried: Mapping[str, Any] | None,
+    legacy: bool,
+    again: Callable[..., Upgraded],
+) -> tuple[Variables | None, list[str]]:
+    """The state of the optimizer where the file can hold it, and what is to be said of it."""
+    if carried is None:
+        return None, []
+    if legacy:
+        dropped = "the state of the optimizer was dropped: current Keras cannot train on with one from an .h5 file"
+        return None, [f"{dropped}; a .keras file keeps it"] if source.optimizer() else []
+    return upgrade_state(source, upgraded, carried.get("optimizer"), again)
+
+
+def _training_of(source: Source, upgraded: Upgraded) -> tuple[dict[str, Any] | None, list[str]]:
+    """The training configuration in current words, and what was dropped of it."""
     old, new = source.graph, upgraded.source.graph
     assert old is not None
     assert new is not None
     if source.dialect is Dialect.KERAS3 and not source.version.startswith("2"):
         training = source.training if isinstance(source.training, Mapping) else None
-        return upgraded, [], dict(training) if training else None
+        return dict(training) if training else None, []
     names = {
         old.layer_of(first).name: new.layer_of(second).name
         for first, second in zip(flatten(old.outputs), flatten(new.outputs), strict=True)
     }
-    carried, notes = upgrade_training(source.training, names)
-    if carried is not None:
-        notes.append("the state of the optimizer was dropped: training goes on, with a fresh one")
-    return upgraded, notes, carried
+    return upgrade_training(source.training, names)
 
 
-def _compiled(assembly: Any, carried: Mapping[str, Any]) -> Any:
-    """The file with a training configuration."""
+_VARIABLES = "optimizer/vars"
+
+
+def _compiled(assembly: Assembly, carried: Mapping[str, Any], variables: Variables | None) -> Assembly:
+    """The file with a training configuration, and with the state of the optimizer."""
+    layout = assembly.layout
     if assembly.kind in (Kind.KERAS, Kind.FOLDER):
-        return replace(assembly, config={**(assembly.config or {}), "compile_config": dict(carried)})
-    groups = dict(assembly.layout.groups)
+        if variables is not None:
+            groups = dict(layout.groups)
+            groups[_VARIABLES] = {"name": variables.name}
+            specs = {
+                f"{_VARIABLES}/{number}": TensorSpec(tensor.shape, tensor.dtype)
+                for number, tensor in enumerate(variables.tensors)
+            }
+            layout = Layout(groups, {**layout.tensors, **specs})
+        config = {**(assembly.config or {}), "compile_config": dict(carried)}
+        return replace(assembly, config=config, layout=layout)
     plain = {("optimizer_config" if key == "optimizer" else key): value for key, value in carried.items()}
     if isinstance(plain["optimizer_config"], str):
         plain["optimizer_config"] = {"class_name": plain["optimizer_config"], "config": {}}
-    groups[""] = {**groups[""], "training_config": json.dumps(plain)}
-    return replace(assembly, layout=replace(assembly.layout, groups=groups))
+    root = {**layout.groups[""], "training_config": json.dumps(plain)}
+    return replace(assembly, layout=replace(layout, groups={**layout.groups, "": root}))
 
 
 def convert_path(value: Any, what: str) -> Path:

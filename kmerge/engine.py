@@ -20,7 +20,7 @@ from kmerge.methods.element import mean_in_place
 from kmerge.methods.registry import Array
 from kmerge.progress import Progress, silent
 from kmerge.source import Source, Weight
-from kmerge.store import numpy_dtype
+from kmerge.store import Tensor, numpy_dtype
 
 LEAF = 65_536
 """Entries of a weight that are read and digested together."""
@@ -144,6 +144,15 @@ def merge_tensors(
             raise
     progress(total, total)
     return tuple(digests.result(number, source) for number, source in enumerate(sources))
+
+
+def copy_tensor(tensor: Tensor, output: Output, key: str) -> None:
+    """Write one tensor as it is, block by block."""
+    step = BLOCK_BYTES // numpy_dtype(tensor.dtype).itemsize
+    for start in range(0, tensor.size, step):
+        values = np.empty(min(step, tensor.size - start), numpy_dtype(tensor.dtype))
+        tensor.read_into(start, values)
+        output.write(key, start, values)
 
 
 @dataclass(frozen=True, slots=True)

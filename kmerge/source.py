@@ -99,6 +99,8 @@ class Source:
     root: Mapping[str, Any] = field(default_factory=dict)
     """Attributes of the file's root group (weights without a graph)."""
     nested: Nested | None = field(default=None, repr=False)
+    optimizer: Callable[[], tuple[tuple[str, Tensor], ...]] = field(default=tuple, repr=False, compare=False)
+    """Gives the state of its optimizer, names and values in the order in which it was saved; () where none is."""
     close: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
     @property
@@ -219,6 +221,7 @@ def _open_h5(path: Path, label: str, opened: ExitStack) -> Source:
         model=model,
         metadata={"kmerge": root["kmerge"]} if "kmerge" in root else {},
         training=read_json(training.encode(), "training_config") if isinstance(training, str) else None,
+        optimizer=lambda: _optimizer_h5(weights),
     )
     if "model_weights" not in weights.names():
         raise FormatError(
@@ -275,6 +278,23 @@ def _weights_named(weights: Weights, group: str, layer: Layer | None) -> list[We
             )
         )
     return found
+
+
+def _optimizer_h5(weights: Weights) -> tuple[tuple[str, Tensor], ...]:
+    if "optimizer_weights" not in weights.names():
+        return ()
+    tree = weights.tree("optimizer_weights")
+    names = _names(weights, "optimizer_weights", "weight_names")
+    if not all(name in tree.tensors for name in names):
+        raise FormatError(f"'{weights.path.name}' lists variables of its optimizer that it does not hold.")
+    return tuple((name, tree.tensors[name]) for name in names)
+
+
+def _optimizer_keras3(weights: Weights) -> tuple[tuple[str, Tensor], ...]:
+    if not weights.has("optimizer/vars"):
+        return ()
+    tensors = weights.tree("optimizer/vars").tensors
+    return tuple((name, tensors[name]) for name in sorted(tensors, key=natural))
 
 
 def _flat_h5(weights: Weights, group: str) -> State:
@@ -342,10 +362,11 @@ def _may_have_weights(nested: Nested, index: int) -> bool:
     return specs is None or bool(specs)
 
 
-def _leaves(nested: Nested) -> Iterator[tuple[Address, Layer]]:
+def stored_layers(nested: Nested) -> Iterator[tuple[Address, Layer]]:
+    """The layers of a model and of those inside it, with their addresses, in the order in which Keras lists weights."""
     for index in nested.order():
         if index in nested.models:
-            yield from _leaves(nested.models[index])
+            yield from stored_layers(nested.models[index])
         else:
             yield (id(nested), index), nested.graph.layers[index]
 
@@ -356,7 +377,7 @@ def split_weights(model: Nested, found: Sequence[Weight], name: str, file: str) 
     The file lists trainable weights first, then the others. Names tell which layer is meant where each fits exactly
     one; else Keras's order and the known weights of each class do.
     """
-    leaves = list(_leaves(model))
+    leaves = list(stored_layers(model))
     by_name = _split_by_name(leaves, found)
     if by_name is not None:
         return by_name
@@ -422,6 +443,7 @@ def _open_archive(path: Path, label: str, kind: Kind, opened: ExitStack) -> Sour
         model=model,
         metadata=archive.metadata,
         training=model.get("compile_config"),
+        optimizer=lambda: _optimizer_keras3(archive.weights),
     )
     if not has_graph(model):
         warning = f"'{model.get('class_name')}' is a subclassed model: its configuration holds no graph."

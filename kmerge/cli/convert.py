@@ -48,8 +48,8 @@ def convert(old: str, new: str, as_json: bool, **given: Any) -> None:
     """Write a model file of any age as one that current Keras opens, and that computes the same.
 
     Keras 1 and 2 and tf.keras are read; OUT is named .keras, or .h5. No code in the file is run, and nothing is
-    imported but what --lambda and --custom name. Losses, metrics and the optimizer's settings are carried along where
-    current Keras has them; the optimizer's state is not.
+    imported but what --lambda and --custom name. Losses, metrics and the optimizer are carried along where current
+    Keras has them, and into a .keras file the optimizer's state too.
 
     \b
     Examples:

@@ -28,9 +28,11 @@ class DerivedTensor(Tensor):
 
     Attributes:
         make: gives all numbers, of the tensor's shape and type.
+        parts: the tensors whose numbers it holds in another order, each once; () where its numbers are computed.
     """
 
     make: Callable[[], np.ndarray]
+    parts: tuple[Tensor, ...] = ()
     memory: Memory = field(default_factory=Memory)
 
     def _read(self, start: int, raw: np.ndarray) -> None:
@@ -65,11 +67,20 @@ class ScaledTensor(Tensor):
         values[:] = (values.astype(np.float64) * self.factors[columns]).astype(values.dtype)
 
 
-def derived(first: Tensor, shape: tuple[int, ...], make: Callable[[], np.ndarray], dtype: str = "") -> Tensor:
-    """A tensor made from `first` (and perhaps others), of the given shape, and of its type unless another is given."""
+def derived(
+    first: Tensor,
+    shape: tuple[int, ...],
+    make: Callable[[], np.ndarray],
+    dtype: str = "",
+    parts: tuple[Tensor, ...] = (),
+) -> Tensor:
+    """A tensor made from `first` (and perhaps others), of the given shape, and of its type unless another is given.
+
+    `parts` are those whose numbers it holds in another order, where it is no more than that.
+    """
     dtype = dtype or first.dtype
     size = int(np.prod(shape, dtype=object))
-    return DerivedTensor(shape, dtype, size, size * numpy_dtype(dtype).itemsize, first.where, make)
+    return DerivedTensor(shape, dtype, size, size * numpy_dtype(dtype).itemsize, first.where, make, parts)
 
 
 def scaled(original: Tensor, factors: np.ndarray) -> Tensor:
@@ -82,3 +93,25 @@ def scaled(original: Tensor, factors: np.ndarray) -> Tensor:
         original.where,
     )
     return ScaledTensor(shape, dtype, size, nbytes, where, original, np.asarray(factors, dtype=np.float64))
+
+
+def origins(tensor: Tensor) -> tuple[Tensor, ...] | None:
+    """The stored tensors whose numbers a tensor holds, reordered and perhaps scaled; None where it computes others."""
+    if isinstance(tensor, ScaledTensor):
+        return origins(tensor.original)
+    if not isinstance(tensor, DerivedTensor):
+        return (tensor,)
+    found: list[Tensor] = []
+    for part in tensor.parts:
+        inner = origins(part)
+        if inner is None:
+            return None
+        found += inner
+    return tuple(found) or None
+
+
+def is_scaled(tensor: Tensor) -> bool:
+    """Whether some numbers of a tensor are multiplied."""
+    if isinstance(tensor, ScaledTensor):
+        return True
+    return isinstance(tensor, DerivedTensor) and any(is_scaled(part) for part in tensor.parts)

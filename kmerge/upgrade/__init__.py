@@ -10,6 +10,7 @@
     refusals    what current Keras makes of an old file
     training    losses, metrics, optimizer
     whole       a source to a source
+    optimizer   the optimizer's state
 
 No framework is imported, no code of a file is run, and no weight is read before the file is written.
 """

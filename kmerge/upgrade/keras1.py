@@ -143,7 +143,7 @@ def _conv1d(part: Part, _: bool) -> Part:
     if kernel.shape[:2] != (length, 1) or kernel.shape[3] != part.config.get("filters"):
         kernel = transposed(kernel, (2, 3, 1, 0))
     shape = (kernel.shape[0], *kernel.shape[2:])
-    return part.weighing(made_from([kernel], shape, lambda arrays: arrays[0][:, 0]), *rest)
+    return part.weighing(made_from([kernel], shape, lambda arrays: arrays[0][:, 0], reorders=True), *rest)
 
 
 def _conv(part: Part, first: bool) -> Part:

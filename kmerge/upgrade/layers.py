@@ -11,10 +11,9 @@ from typing import Any
 
 from kmerge.shapes.layers import canonical_class
 from kmerge.store import Tensor
-from kmerge.store.derived import scaled
 from kmerge.upgrade import keras1
 from kmerge.upgrade.local import locally_connected
-from kmerge.upgrade.part import LAYERS, Chain, Context, Part, Rule, cast, flipped, reshaped
+from kmerge.upgrade.part import LAYERS, Chain, Context, Part, Rule, cast, flipped, multiplied, reshaped
 from kmerge.upgrade.recurrent import recurrent_rules
 from kmerge.upgrade.settings import HARD_SIGMOID, LATER, activation, is_known, kept_settings, plain_value
 
@@ -116,7 +115,7 @@ def _linear(part: Part, context: Context) -> Part:
     if uses_hard_sigmoid(part.config, context):
         first = 1 if part.class_name.startswith("Separable") else 0
         changed = [
-            scaled(tensor, [HARD_SIGMOID] * tensor.shape[-1]) if place >= first else tensor  # type: ignore[arg-type]
+            multiplied(tensor, HARD_SIGMOID, context) if place >= first else tensor
             for place, tensor in enumerate(part.tensors)
         ]
         part = part.weighing(*changed)

@@ -8,9 +8,10 @@ import numpy as np
 
 from kmerge.methods.registry import Array
 from kmerge.store import Tensor
-from kmerge.store.derived import derived, scaled
+from kmerge.store.derived import derived
 from kmerge.upgrade.keras1 import operation
-from kmerge.upgrade.part import Chain, Context, Part, reshaped
+from kmerge.upgrade.part import Chain, Context, Part, multiplied, reshaped
+from kmerge.upgrade.settings import HARD_SIGMOID
 
 
 def locally_connected(part: Part, context: Context) -> Chain:
@@ -43,7 +44,7 @@ def locally_connected(part: Part, context: Context) -> Chain:
     if len(part.tensors) > 1:
         tensors.append(_bias(part.tensors[1], count, filters, first))
     if context.old and config.get("activation") == "hard_sigmoid":
-        tensors = [scaled(tensor, np.full(filters, 1.2)) for tensor in tensors]
+        tensors = [multiplied(tensor, HARD_SIGMOID, context) for tensor in tensors]
     dtype = config.get("dtype", "float32")
     linear = Part(
         "EinsumDense",
@@ -102,7 +103,7 @@ def _channels_last(kernel: Tensor, channels: int, size: tuple[int, int]) -> Tens
         whole = kernel.read().reshape(count, channels, *size, filters)
         return np.moveaxis(whole, 1, 3).reshape(count, inputs, filters)
 
-    return derived(kernel, kernel.shape, make)
+    return derived(kernel, kernel.shape, make, parts=(kernel,))
 
 
 def _bias(bias: Tensor, count: int, filters: int, first: bool) -> Tensor:
@@ -110,5 +111,5 @@ def _bias(bias: Tensor, count: int, filters: int, first: bool) -> Tensor:
     if bias.size != count * filters:
         raise ValueError(f"bias is {bias.shape}, expected {count} places of {filters} numbers")
     if first and bias.shape[0] == filters and bias.shape[-1] != filters:
-        return derived(bias, (count, filters), lambda: bias.read().reshape(filters, count).T)
+        return derived(bias, (count, filters), lambda: bias.read().reshape(filters, count).T, parts=(bias,))
     return reshaped(bias, (count, filters))

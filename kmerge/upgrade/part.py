@@ -13,7 +13,7 @@ from kmerge.dialects.reading import Dialect
 from kmerge.methods.registry import Array
 from kmerge.shapes import Shape
 from kmerge.store import Tensor
-from kmerge.store.derived import derived
+from kmerge.store.derived import derived, scaled
 
 LAYERS = "keras.layers"
 
@@ -87,6 +87,8 @@ class Context:
         layer: name of the layer in work, for messages.
         inside: whether it stands inside a wrapper of recurrent layers.
         input_shape: of its first call, where that is known.
+        power: of the factors by which weights are multiplied: 1 for the weights themselves, -1 for what is counted in
+            their gradients, -2 for what is counted in squares of those (optimizers' state).
     """
 
     version: tuple[int, ...]
@@ -97,6 +99,7 @@ class Context:
     layer: str = ""
     inside: bool = False
     input_shape: Shape | None = None
+    power: float = 1.0
     notes: list[str] = field(default_factory=list)
     obstacles: list[Obstacle] = field(default_factory=list)
 
@@ -123,12 +126,12 @@ Rule = Callable[[Part, Context], "Chain | Part"]
 def transposed(tensor: Tensor, axes: Sequence[int]) -> Tensor:
     """The tensor with its axes in another order."""
     shape = tuple(tensor.shape[axis] for axis in axes)
-    return derived(tensor, shape, lambda: np.transpose(tensor.read(), axes))
+    return derived(tensor, shape, lambda: np.transpose(tensor.read(), axes), parts=(tensor,))
 
 
 def flipped(tensor: Tensor, axes: Sequence[int]) -> Tensor:
     """The tensor backwards along some axes."""
-    return derived(tensor, tensor.shape, lambda: np.flip(tensor.read(), tuple(axes)))
+    return derived(tensor, tensor.shape, lambda: np.flip(tensor.read(), tuple(axes)), parts=(tensor,))
 
 
 def reshaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
@@ -139,18 +142,26 @@ def reshaped(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """
     if math.prod(shape) != tensor.size:
         raise ValueError(f"a weight is {tensor.shape}, expected {tuple(shape)}")
-    return derived(tensor, tuple(shape), lambda: tensor.read().reshape(tuple(shape)))
+    return derived(tensor, tuple(shape), lambda: tensor.read().reshape(tuple(shape)), parts=(tensor,))
 
 
-def made_from(tensors: Sequence[Tensor], shape: Sequence[int], make: Callable[[list[Array]], Array]) -> Tensor:
-    """A tensor of the first one's type, made from several."""
-    return derived(tensors[0], tuple(shape), lambda: make([tensor.read() for tensor in tensors]))
+def made_from(
+    tensors: Sequence[Tensor], shape: Sequence[int], make: Callable[[list[Array]], Array], reorders: bool = False
+) -> Tensor:
+    """A tensor of the first one's type, made from several; `reorders` where it holds each of their numbers once."""
+    parts = tuple(tensors) if reorders else ()
+    return derived(tensors[0], tuple(shape), lambda: make([tensor.read() for tensor in tensors]), parts=parts)
 
 
 def side_by_side(tensors: Sequence[Tensor]) -> Tensor:
     """Tensors concatenated along their last axis."""
     shape = (*tensors[0].shape[:-1], sum(tensor.shape[-1] for tensor in tensors))
-    return made_from(tensors, shape, lambda arrays: np.concatenate(arrays, axis=-1))
+    return made_from(tensors, shape, lambda arrays: np.concatenate(arrays, axis=-1), reorders=True)
+
+
+def multiplied(tensor: Tensor, factors: float | Array, context: Context) -> Tensor:
+    """The tensor with each column (entry of the last axis) multiplied, or with all of them by one factor."""
+    return scaled(tensor, np.broadcast_to(np.asarray(factors), tensor.shape[-1:]) ** context.power)
 
 
 def cast(tensor: Tensor, dtype: str) -> Tensor:

@@ -6,8 +6,7 @@ import numpy as np
 
 from kmerge.methods.registry import Array
 from kmerge.store import Tensor
-from kmerge.store.derived import scaled
-from kmerge.upgrade.part import Chain, Context, Part, Rule, made_from, reshaped
+from kmerge.upgrade.part import Chain, Context, Part, Rule, made_from, multiplied, reshaped
 from kmerge.upgrade.settings import HARD_SIGMOID, OLD_HARD_SIGMOID
 
 RECURRENT = frozenset({"SimpleRNN", "LSTM", "GRU", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D", "RNN", "Bidirectional"})
@@ -38,7 +37,7 @@ def _recurrent(part: Part, context: Context) -> Chain:
         hard = context.version < (2, 3) or kind == "ConvLSTM"
         part = part.having(recurrent_activation="hard_sigmoid" if hard else "sigmoid")
     if context.old:
-        part = _scaled(part, kind)
+        part = _scaled(part, kind, context)
         if kind in ("LSTM", "ConvLSTM") and config.get("activation") == "hard_sigmoid":
             part = part.having(activation=OLD_HARD_SIGMOID)
     if kind == "ConvLSTM" and context.old and config.get("data_format") == "channels_first":
@@ -63,7 +62,7 @@ def _channels_last(part: Part) -> Chain:
     ]
 
 
-def _scaled(part: Part, kind: str) -> Part:
+def _scaled(part: Part, kind: str, context: Context) -> Part:
     """Columns whose sum goes through the old hard_sigmoid, clip(0.2 x + 0.5), are multiplied by 1.2."""
     config, gates = part.config, _GATES[kind]
     inner = "h" if kind != "LSTM" and kind != "ConvLSTM" else ""
@@ -77,7 +76,7 @@ def _scaled(part: Part, kind: str) -> Part:
         factors += [HARD_SIGMOID if hard else 1.0] * units
     if all(factor == 1.0 for factor in factors):
         return part
-    return part.weighing(*(scaled(tensor, np.array(factors)) for tensor in part.tensors))
+    return part.weighing(*(multiplied(tensor, np.array(factors), context) for tensor in part.tensors))
 
 
 def _cudnn_lstm(part: Part, context: Context) -> Part:
@@ -108,4 +107,8 @@ def _from_cudnn(kernel: Tensor, gates: int, reordered: bool) -> Tensor:
 
     if kernel.shape[-1] % gates:
         raise ValueError(f"a kernel is {kernel.shape}, which is no whole number for each of {gates} gates")
-    return made_from([kernel], kernel.shape, lambda arrays: np.hstack([one(m) for m in np.hsplit(arrays[0], gates)]))
+
+    def make(arrays: list[Array]) -> Array:
+        return np.hstack([one(matrix) for matrix in np.hsplit(arrays[0], gates)])
+
+    return made_from([kernel], kernel.shape, make, reorders=True)

@@ -104,7 +104,7 @@ def upgrade_training(training: Any, names: Mapping[str, str]) -> tuple[dict[str,
         return None, []
     notes = []
     try:
-        optimizer = _optimizer(training.get("optimizer_config"))
+        optimizer = _optimizer(training.get("optimizer_config") or training.get("optimizer"))
     except _Unknown as error:
         optimizer = "rmsprop"
         notes.append(f"the optimizer {error} is none of current Keras's: the default one (rmsprop) stands in for it")
@@ -202,7 +202,9 @@ def _optimizer(value: Any) -> Any:
         raise _Unknown(f"'{name}' with a learning-rate schedule")
     allowed = f"{_OPTIMIZERS[known]} {_CLIPPING}".split()
     settings = {key: item for key, item in config.items() if key in allowed and item is not None}
-    decay = config.get("decay")
+    if known == "Adagrad":  # before tf.keras it began at zero, without saying so
+        settings.setdefault("initial_accumulator_value", 0.0)
+    decay = config.get("decay") if known != "Nadam" else None  # of its momentum, not of its learning rate
     if decay:
         settings["learning_rate"] = _entry(
             "keras.optimizers.schedules",

@@ -38,6 +38,7 @@ def upgrade(
     source: Source,
     replacements: Mapping[str, Mapping[str, Any]] | None = None,
     custom: Mapping[str, tuple[str, str]] | None = None,
+    power: float = 1.0,
 ) -> Upgraded:
     """Bring a source to current Keras; no weight is read.
 
@@ -45,6 +46,7 @@ def upgrade(
         source: a whole model, of any age.
         replacements: entries of current Keras's layers that stand in for Lambdas, by the Lambda's name.
         custom: `module` and `registered_name` of custom classes, by class name.
+        power: of the factors by which weights are multiplied (see `part.Context`).
 
     Returns:
         The source in current words, and what stands in the way.
@@ -60,7 +62,7 @@ def upgrade(
         )
     if source.dialect is Dialect.KERAS3 and parse_version(source.version) >= (3,):
         return Upgraded(source, tuple(_in_order(source)), (), ())
-    context = context_of(source, replacements=replacements or {}, custom=custom or {})
+    context = context_of(source, replacements=replacements or {}, custom=custom or {}, power=power)
     try:
         network = upgrade_network(source, context)
         model = write_model(network.graph, Dialect.KERAS3, CURRENT)

@@ -1,0 +1,277 @@
+"""The state of an optimizer in a converted file: training goes on as it would have."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import warnings
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+import kmerge
+from kmerge.source import open_source
+from kmerge.store import Tensor
+from kmerge.store.derived import origins
+from kmerge.upgrade import upgrade
+
+LEGACY = Path(__file__).resolve().parent.parent / "fixtures" / "legacy"
+STATES = sorted(path.name for path in (LEGACY / "optimizers").iterdir() if path.suffix != ".npz")
+
+
+def load(path: Path) -> Any:
+    """Opened by Keras, which warns where it cannot restore an optimizer."""
+    import keras
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model = keras.saving.load_model(path)
+    model.run_eagerly = True
+    return model
+
+
+def variables_in(path: Path) -> list[np.ndarray]:
+    """The optimizer's variables, without Keras."""
+    with zipfile.ZipFile(path) as archive, h5py.File(io.BytesIO(archive.read("model.weights.h5"))) as file:
+        group = file.get("optimizer/vars", {})
+        return [group[str(number)][()] for number in range(len(group))]
+
+
+def recorded_in(path: Path) -> list[np.ndarray]:
+    with h5py.File(path) as file:
+        group = file["optimizer_weights"]
+        return [group[name][()] for name in group.attrs["weight_names"]]
+
+
+def edited(
+    path: Path, training: Mapping[str, Any] | None = None, state: Mapping[str, np.ndarray] | None = None
+) -> Path:
+    """A file with another training configuration and another state of its optimizer."""
+    with h5py.File(path, "r+") as file:
+        if training is not None:
+            file.attrs["training_config"] = json.dumps(training)
+        if state is not None:
+            file.pop("optimizer_weights", None)
+            group = file.create_group("optimizer_weights")
+            group.attrs["weight_names"] = [name.encode() for name in state]
+            for name, array in state.items():
+                group[name] = array
+    return path
+
+
+def trained_by(class_name: str, **settings: Any) -> dict[str, Any]:
+    return {"optimizer_config": {"class_name": class_name, "config": settings}, "loss": "mse", "metrics": []}
+
+
+@pytest.mark.parametrize("name", [name for name in STATES if "nadam" not in name])
+def test_training_goes_on_as_it_did_in_tf_keras(name: str, tmp_path: Path) -> None:
+    """One more step gives the weights that tf.keras came to, with its own state, from the same rows."""
+    report = kmerge.convert(LEGACY / "optimizers" / name, tmp_path / "new.keras")
+    assert report.notes == ()
+    model = load(tmp_path / "new.keras")
+    with np.load(LEGACY / "optimizers" / f"{name.partition('.')[0]}.npz") as data:
+        model.train_on_batch(data["x"], data["y"])
+        assert int(model.optimizer.iterations) == 4
+        for weight in model.weights:
+            np.testing.assert_allclose(np.asarray(weight), data[weight.path], atol=1e-6, err_msg=weight.path)
+
+
+def test_nadam_keeps_its_moments_and_takes_up_todays_schedule(tmp_path: Path) -> None:
+    report = kmerge.convert(LEGACY / "optimizers" / "nadam_old.h5", tmp_path / "new.keras")
+    assert report.notes == ("Nadam has another schedule of its momentum today, and goes on with that",)
+    optimizer = load(tmp_path / "new.keras").optimizer
+    assert type(optimizer).__name__ == "Nadam"
+    assert isinstance(optimizer.get_config()["learning_rate"], float)  # its `decay` is none of the learning rate
+    old = {name: value for name, value in named("nadam_old.h5").items() if name.count("/") == 3}
+    for slot, values in (("m", optimizer._momentums), ("v", optimizer._velocities)):
+        for reference, value in zip(optimizer._trainable_variables, values, strict=True):
+            np.testing.assert_array_equal(np.asarray(value), old[f"Nadam/{reference.path}/{slot}:0"])
+    steps = np.prod([0.9 * (1 - 0.5 * 0.96**step) for step in (1, 2, 3)])
+    np.testing.assert_allclose(float(optimizer._u_product), steps, rtol=1e-6)
+
+
+def named(name: str) -> dict[str, np.ndarray]:
+    path = LEGACY / "optimizers" / name
+    with h5py.File(path) as file:
+        names = [str(item) for item in file["optimizer_weights"].attrs["weight_names"]]
+    return dict(zip(names, recorded_in(path), strict=True))
+
+
+@pytest.mark.parametrize("name", ["k122_seq_mlp", "k224_seq_mlp"])
+def test_adam_of_keras_1_and_2(name: str, tmp_path: Path) -> None:
+    """They store all first moments, then all second ones; Keras 2 a number for each weight besides."""
+    old = recorded_in(LEGACY / f"{name}.h5")
+    kmerge.convert(LEGACY / f"{name}.h5", tmp_path / "new.keras")
+    steps, rate, *slots = variables_in(tmp_path / "new.keras")
+    assert (steps, steps.dtype, rate) == (1, np.int64, np.float32(0.001))
+    assert len(slots) == 8
+    for number, array in enumerate(slots):  # today the moments of each weight stand together
+        np.testing.assert_array_equal(array, old[1 + number // 2 + 4 * (number % 2)])
+
+
+def test_adam_steps_as_by_hand(tmp_path: Path) -> None:
+    """The second step: m = 0.9 m + 0.1 g, v = 0.999 v + 0.001 g², w -= rate √(1 - 0.999²) / (1 - 0.9²) m / √v."""
+    import keras
+
+    kmerge.convert(LEGACY / "k224_seq_mlp.h5", tmp_path / "new.keras")
+    model = load(tmp_path / "new.keras")
+    for layer in model.layers:
+        if "dropout" in layer.name:
+            layer.rate = 0.0
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(4, 8)).astype("float32"), np.eye(3, dtype="float32")[[0, 1, 2, 0]]
+    _, _, *slots = variables_in(tmp_path / "new.keras")
+    kernel = np.asarray(model.trainable_variables[-2])
+    hidden = np.asarray(keras.Model(model.inputs[0], model.layers[-1].input)(x))
+    given = np.asarray(model([x]))
+    gradient = hidden.T @ (given - y) / 4  # of categorical crossentropy behind a softmax
+    model.train_on_batch(x, y)
+    first, second = 0.9 * slots[4] + 0.1 * gradient, 0.999 * slots[5] + 0.001 * gradient**2
+    rate = 0.001 * np.sqrt(1 - 0.999**2) / (1 - 0.9**2)
+    wanted = kernel - rate * first / (np.sqrt(second) + 1e-7)
+    np.testing.assert_allclose(np.asarray(model.trainable_variables[-2]), wanted, atol=1e-6)
+
+
+def test_keras_1_lists_weights_by_name(tmp_path: Path) -> None:
+    """beta before gamma, and normalisation before the layers that it stands between."""
+    old = tmp_path / "old.h5"
+    shutil.copy(LEGACY / "k122_nested_bn.h5", old)
+    edited(old, trained_by("SGD", lr=0.01, momentum=0.9))
+    kmerge.convert(old, tmp_path / "new.keras")
+    model = load(tmp_path / "new.keras")
+    layers = ("batchnormalization_2_beta", "batchnormalization_2_gamma")
+    names = [*layers, *(f"dense_{number}_{weight}" for number in (17, 18, 19) for weight in "Wb")]
+    stored = dict(zip(names, recorded_in(old)[1:], strict=True))
+    for variable, momentum in zip(model.trainable_variables, model.optimizer.momentums, strict=True):
+        name = variable.path.replace("/kernel", "_W").replace("/bias", "_b").replace("/", "_")
+        np.testing.assert_array_equal(np.asarray(momentum), stored.pop(name))
+    assert not stored
+
+
+@pytest.mark.parametrize(
+    ("class_name", "settings", "factor"),
+    [("SGD", {"momentum": 0.9}, 1 / 1.2), ("RMSprop", {"rho": 0.9}, 1 / 1.44), ("Adagrad", {}, 1 / 1.44)],
+)
+def test_slots_of_scaled_gates(class_name: str, settings: dict[str, Any], factor: float, tmp_path: Path) -> None:
+    """Gates under the old hard_sigmoid are multiplied by 1.2, so their gradients are divided by it."""
+    old = tmp_path / "old.h5"
+    shutil.copy(LEGACY / "k224_lstm.h5", old)
+    with h5py.File(old) as file:
+        group = file["model_weights"]
+        arrays = [
+            group[layer][name][()]
+            for layer in group.attrs["layer_names"]
+            for name in group[layer].attrs["weight_names"]
+        ]
+    slots = [np.full(array.shape, 2.0, "float32") for array in arrays]
+    state = {f"training/{class_name}/Variable_{number}:0": slot for number, slot in enumerate(slots)}
+    edited(old, trained_by(class_name, lr=0.01, **settings), state)
+    assert kmerge.convert(old, tmp_path / "new.keras").notes == ()
+    found = variables_in(tmp_path / "new.keras")[2:]
+    units = arrays[1].shape[0]
+    gates = np.repeat([factor, factor, 1.0, factor], units)  # i, f, c, o
+    for slot, array in zip(found, arrays, strict=True):
+        wanted = 2 * gates if array.shape[-1] == 4 * units else 2.0
+        np.testing.assert_allclose(slot, np.broadcast_to(wanted, array.shape), rtol=1e-6)
+
+
+def test_what_cannot_be_proved_is_dropped_with_a_word(tmp_path: Path) -> None:
+    def notes(name: str, training: Any, state: dict[str, np.ndarray] | None, suffix: str = ".keras") -> str:
+        old, new = tmp_path / "old.h5", tmp_path / f"new{suffix}"
+        shutil.copy(LEGACY / f"{name}.h5", old)
+        report = kmerge.convert(edited(old, training, state), new, force=True)
+        if suffix == ".keras":
+            assert variables_in(new) == []
+        else:
+            with h5py.File(new) as file:
+                assert "optimizer_weights" not in file
+        return " ".join(report.notes)
+
+    adam = trained_by("Adam", lr=0.001)
+    few = {"Adam/iterations:0": np.int64(5), "a:0": np.zeros((8, 16), "float32")}
+    assert "2 variables" not in notes("k224_seq_mlp", adam, {})  # nothing is recorded, so nothing is dropped
+    assert "1 variables for 4 trainable weights, expected 8" in notes("k224_seq_mlp", adam, few)
+    assert "taken 5 steps" in notes("k224_seq_mlp", adam, {"Adam/iterations:0": np.int64(5)})
+    other = {"Adam/iterations:0": np.int64(5)} | {f"{n}:0": np.zeros((2, 2), "float32") for n in range(8)}
+    assert "is (8, 16), but what belongs to it is (2, 2)" in notes("k224_seq_mlp", adam, other)
+    assert "the optimizer is another one now" in notes("k224_seq_mlp", trained_by("MyOwn"), few)
+    assert "a .keras file keeps it" in notes("k224_seq_mlp", None, None, ".h5")
+    ftrl = {f"training/Ftrl/{n}:0": np.zeros(1, "float32") for n in range(9)}
+    assert "dropped" in notes("k224_lstm", trained_by("Ftrl", lr=0.1), ftrl)
+
+
+def test_an_optimizer_without_a_step_is_fresh(tmp_path: Path) -> None:
+    """tf.keras 2.15 saves the count alone of an optimizer that was never used."""
+    kmerge.convert(LEGACY / "tfk215_normlayer.h5", tmp_path / "new.keras")
+    model = load(tmp_path / "new.keras")
+    fresh = type(model.optimizer).from_config(model.optimizer.get_config())
+    fresh.build(model.trainable_variables)
+    for mine, theirs in zip(model.optimizer.variables, fresh.variables, strict=True):
+        np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs))
+
+
+def test_files_of_keras_3_keep_their_state(tmp_path: Path) -> None:
+    """A model inside a model is dissolved, and the weights change places; the step after is the same."""
+    import keras
+
+    inner_in, first = keras.Input((3,)), keras.Input((3,))
+    inner = keras.Model(inner_in, keras.layers.Dense(3, name="b")(keras.layers.Dense(3, name="a")(inner_in)))
+    joined = keras.layers.Add()([keras.layers.Dense(3, name="side")(first), inner(first)])
+    model = keras.Model(first, keras.layers.Dense(1, name="head")(joined))
+    model.compile(keras.optimizers.Adam(0.1), "mse", run_eagerly=True)
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(4, 3)).astype("float32"), rng.normal(size=(4, 1)).astype("float32")
+    model.train_on_batch(x, y)
+    model.save(tmp_path / "old.keras")
+    assert kmerge.convert(tmp_path / "old.keras", tmp_path / "new.keras").notes == ()
+    again = load(tmp_path / "new.keras")
+    before = [variable.path for variable in model.trainable_variables]
+    assert [variable.path for variable in again.trainable_variables] != before
+    model.train_on_batch(x, y)
+    again.train_on_batch(x, y)
+    mine = {variable.path: np.asarray(variable) for variable in again.trainable_variables}
+    for variable in model.trainable_variables:
+        np.testing.assert_allclose(mine[variable.path], np.asarray(variable), atol=1e-6)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Numbered(Tensor):
+    """A stored tensor of known numbers."""
+
+    values: np.ndarray
+
+    def _read(self, start: int, raw: np.ndarray) -> None:
+        raw.view("float64")[:] = self.values[start : start + raw.size // 8]
+
+
+def test_tensors_that_say_they_only_reorder_do_so() -> None:
+    """Every weight of the old files, numbered: what holds them in another order holds each number once."""
+    for path in sorted(LEGACY.glob("k*.h5")):
+        if "lambda" in path.name:
+            continue
+        with open_source(path) as source:
+            states = []
+            count = 0
+            for state in source.states:
+                weights = []
+                for weight in state.weights:
+                    shape, size = weight.tensor.shape, weight.tensor.size
+                    values = np.arange(count, count + size, dtype="float64")
+                    tensor = Numbered(shape, "float64", size, 8 * size, weight.key, values)
+                    weights.append(replace(weight, tensor=tensor))
+                    count += size
+                states.append(replace(state, weights=tuple(weights)))
+            made = upgrade(replace(source, states=tuple(states)), power=0)
+            for weights in made.order:
+                for weight in weights:
+                    parts = origins(weight.tensor)
+                    assert parts is not None
+                    wanted = np.concatenate([part.read().reshape(-1) for part in parts])
+                    np.testing.assert_array_equal(np.sort(weight.tensor.read(), axis=None), np.sort(wanted))
