@@ -210,20 +210,6 @@ def obstacles(path: Path) -> list[str]:
         return [one.reason for one in upgrade(source).obstacles]
 
 
-@pytest.mark.parametrize(
-    ("size", "strides", "same"),
-    [(2, 2, False), (3, 1, True), (3, 2, False), (5, 1, False), (1, 1, True)],
-)
-def test_pools_that_theano_pads_otherwise_are_refused(size: int, strides: int, same: bool, tmp_path: Path) -> None:
-    pool = {
-        "name": "p", "batch_input_shape": [None, 6, 6, 2], "pool_size": [size, size], "strides": [strides, strides],
-        "padding": "same", "data_format": "channels_last",
-    }  # fmt: skip
-    for backend, fine in (("theano", same), ("tensorflow", True)):
-        path = write_h5(tmp_path / f"{backend}.h5", sequential(("MaxPooling2D", pool)), {}, "2.1.3", backend)
-        assert (obstacles(path) == []) is fine
-
-
 def test_a_layer_that_takes_arguments_in_each_call_is_refused_inside_a_wrapper(tmp_path: Path) -> None:
     inner = {"class_name": "BatchNormalization", "config": {"name": "b", "mode": 2, "axis": -1, "epsilon": 1e-3}}
     config = sequential(("TimeDistributed", {"name": "t", "batch_input_shape": [None, 4, 3], "layer": inner}))

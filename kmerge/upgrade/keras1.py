@@ -195,27 +195,3 @@ _WEIGHTS: dict[str, Callable[[Part, bool], Part]] = {
     "GRU": _gates,
     "ConvLSTM2D": _gates,
 }
-
-
-# ---------------------------------------------------------------------------------- layers that Keras 2 dropped
-
-
-def maxout_dense(part: Part, context: Context) -> list[Part]:
-    """The largest of several linear layers: W (features, inputs, units), b (features, units)."""
-    kernel, *bias = part.tensors
-    features, _, units = kernel.shape
-    settings = {
-        "equation": "ab,cbd->acd",
-        "output_shape": [features, units],
-        "bias_axes": "cd" if bias else None,
-        "dtype": part.config.get("dtype", "float32"),
-    }
-    return [
-        Part("EinsumDense", settings, part.tensors, suffix="linear"),
-        operation("Max", "numpy", axis=1, keepdims=False),
-    ]
-
-
-def operation(class_name: str, module: str, **settings: Any) -> Part:
-    """A bare operation of current Keras."""
-    return Part(class_name, settings, module=f"keras.src.ops.{module}", registered=class_name)

@@ -10,10 +10,9 @@ from dataclasses import replace
 from typing import Any
 
 from kmerge.shapes.layers import canonical_class
-from kmerge.store import Tensor
-from kmerge.upgrade import keras1
+from kmerge.upgrade import dropped, keras1, theano
 from kmerge.upgrade.local import locally_connected
-from kmerge.upgrade.part import LAYERS, Chain, Context, Part, Rule, cast, flipped, multiplied, reshaped
+from kmerge.upgrade.part import LAYERS, Chain, Context, Part, Rule, cast, multiplied, operation, reshaped
 from kmerge.upgrade.recurrent import recurrent_rules
 from kmerge.upgrade.settings import HARD_SIGMOID, LATER, activation, is_known, kept_settings, plain_value
 
@@ -34,34 +33,12 @@ def upgrade_layer(part: Part, context: Context) -> Chain:
     if context.old and keras1.is_keras1(part.class_name, part.config):
         part = keras1.to_keras2(part, context)
     part = _with_plain_activations(part.called(canonical_class(part.class_name)))
-    if context.theano and part.class_name in _FLIPPED:
-        part = part.weighing(*_unflipped(part))
-    if context.theano and _pads_otherwise(part):
-        context.refuse(part.class_name, "unknown", "pads on both sides, as Theano does where padding is 'same'")
+    if context.theano:
+        part = theano.unflipped(part)
     rule = _RULES.get(part.class_name)
     found = rule(part, context) if rule is not None else part
     chain = found if isinstance(found, list) else [found]
     return [_settled(item, context) for item in chain]
-
-
-def _pads_otherwise(part: Part) -> bool:
-    """Whether Theano's "same" padding is another one than TensorFlow's, where no rule pads in its place.
-
-    They are one for steps of one and odd sizes, in pooling up to 3: from there on Keras pads pools otherwise on Theano.
-    """
-    name, config = part.class_name, part.config
-    pools = name.startswith(("MaxPooling", "AveragePooling"))
-    kernels = name.startswith(("Conv3D", "ConvLSTM")) or name.endswith("Transpose")
-    if not (pools or kernels) or config.get("padding") != "same":
-        return False
-    sizes = _numbers(config.get("pool_size", config.get("pool_length", 2)) if pools else config.get("kernel_size", 1))
-    steps = _numbers(config.get("strides") or (sizes if pools else 1))
-    odd = all(size in (1, 3) if pools else size % 2 for size in sizes)
-    return not odd or any(step != 1 for step in steps)
-
-
-def _numbers(value: Any) -> list[int]:
-    return [int(item) for item in value] if isinstance(value, (list, tuple)) else [int(value)]
 
 
 def _with_plain_activations(part: Part) -> Part:
@@ -89,18 +66,7 @@ def _settled(part: Part, context: Context) -> Part:
     for key in ("activation", "recurrent_activation"):
         if key in config:
             config[key] = activation(config[key], context)
-    return Part(part.class_name, config, part.tensors, part.module, None, part.suffix, part.keywords)
-
-
-_FLIPPED = {"Conv1D": 1, "Conv2D": 2, "Conv3D": 3, "Conv2DTranspose": 2, "ConvLSTM2D": 2}
-"""Classes whose kernels Theano reads backwards, and how many of their axes are spatial."""
-
-
-def _unflipped(part: Part) -> tuple[Tensor, ...]:
-    """Theano computes convolutions proper, everybody else correlations: the same with kernels turned round."""
-    axes = range(_FLIPPED[part.class_name])
-    kernels = 2 if part.class_name == "ConvLSTM2D" else 1
-    return tuple(flipped(tensor, axes) if place < kernels else tensor for place, tensor in enumerate(part.tensors))
+    return replace(part, config=config, registered=None)
 
 
 # ------------------------------------------------------------------------------------------------ linear layers
@@ -123,18 +89,15 @@ def _linear(part: Part, context: Context) -> Part:
 
 
 def _convolution(part: Part, context: Context) -> Chain:
-    """Channels first is computed as channels last between two Permutes: TensorFlow knows it on few CPUs.
-
-    Theano's "same" padding is symmetrical, TensorFlow's is not where a kernel is even or steps are wider than one.
-    """
+    """Channels first is computed as channels last between two Permutes: TensorFlow knows it on few CPUs."""
     part = _linear(part, context)
-    if part.config.get("kernel_size") is not None and not isinstance(part.config["kernel_size"], list):
-        rank = _rank(part.class_name)
-        part = part.having(kernel_size=[part.config["kernel_size"]] * rank)
-    chain = [part]
     rank = _rank(part.class_name)
-    if context.theano and part.config.get("padding") == "same" and "Transpose" not in part.class_name and rank < 3:
-        chain = _theano_padding(part, rank)
+    if part.config.get("kernel_size") is not None and not isinstance(part.config["kernel_size"], list):
+        part = part.having(kernel_size=[part.config["kernel_size"]] * rank)
+    if part.class_name.endswith("Transpose"):
+        chain = theano.transposed_convolution(part, rank, context) if context.old else [part]
+    else:
+        chain = theano.convolution(part, rank, context) if context.theano else [part]
     if not context.old or part.config.get("data_format") != "channels_first":
         return chain
     last = [item.having(data_format="channels_last") if "data_format" in item.config else item for item in chain]
@@ -153,27 +116,10 @@ def permute(axes: tuple[int, ...], suffix: str) -> Part:
     return Part("Permute", {"dims": list(axes)}, suffix=f"channels_{suffix}")
 
 
-def _theano_padding(part: Part, rank: int) -> Chain:
-    """Half a kernel on each side, as Theano pads, with one less behind where the kernel is even."""
-    sizes = part.config["kernel_size"]
-    dilation = part.config.get("dilation_rate") or [1] * rank
-    dilation = dilation if isinstance(dilation, list) else [dilation] * rank
-    strides = part.config.get("strides") or [1] * rank
-    strides = strides if isinstance(strides, list) else [strides] * rank
-    if all(size % 2 and step == 1 for size, step in zip(sizes, strides, strict=True)):
-        return [part]
-    reach = [(size - 1) * by + 1 for size, by in zip(sizes, dilation, strict=True)]
-    sides = [[size // 2, size // 2 - (size % 2 == 0)] for size in reach]
-    settings: dict[str, Any] = {"padding": sides[0] if rank == 1 else sides}
-    if rank > 1:
-        settings["data_format"] = part.config.get("data_format") or "channels_last"
-    return [Part(f"ZeroPadding{rank}D", settings, suffix="padding"), part.having(padding="valid")]
-
-
 # -------------------------------------------------------------------------------------------- other classes
 
 
-def _batch_normalization(part: Part, context: Context) -> Part:
+def _batch_normalization(part: Part, context: Context) -> Chain:
     axis = part.config.get("axis", -1)
     if isinstance(axis, list) and len(axis) == 1:
         part = part.having(axis=axis[0])
@@ -181,8 +127,8 @@ def _batch_normalization(part: Part, context: Context) -> Part:
     if mode == 2:  # statistics of the batch, always
         part = replace(part, keywords={"training": True})
     elif mode == 1:
-        context.refuse("BatchNormalization", "unknown", "normalises each row by itself (mode=1), adding epsilon twice")
-    return part.without("mode")
+        return dropped.normalised_rows(part, context)
+    return [part.without("mode")]
 
 
 def _layer_normalization(part: Part, _: Context) -> Part:
@@ -275,7 +221,7 @@ def _merge(part: Part, context: Context) -> Chain:
     if mode in ("dot", "cos"):
         axes = part.config.get("dot_axes", -1)
         dot = Part("Dot", {"axes": axes, "normalize": mode == "cos"})
-        return [dot, keras1.operation("ExpandDims", "numpy", axis=1)] if mode == "cos" else [dot]
+        return [dot, operation("ExpandDims", "numpy", axis=1)] if mode == "cos" else [dot]
     context.refuse("Merge", "lambda", "merges by a function of its own, which is never run")
     return [Part("Identity", {})]
 
@@ -295,15 +241,23 @@ def _zero_padding(part: Part, _: Context) -> Part:
     return part
 
 
-def _dropped(part: Part, context: Context) -> Chain:
-    context.refuse(part.class_name, "unknown", "was dropped by Keras 2 already, and no counterpart is known")
-    return [Part("Identity", {})]
+def _time_distributed(part: Part, context: Context) -> Chain:
+    """What works on the last axes alone does so on each step without a wrapper."""
+    entry = part.config.get("layer")
+    name, config = (entry.get("class_name"), entry.get("config")) if isinstance(entry, Mapping) else (None, None)
+    if not context.old or not isinstance(config, Mapping):
+        return [part]
+    if name in _DROPPED or (name == "BatchNormalization" and config.get("mode") == 1):
+        return upgrade_layer(Part(str(name), {**config, "name": part.config.get("name")}, part.tensors), context)
+    return [part]
 
 
-def _maxout(part: Part, context: Context) -> Chain:
-    return keras1.maxout_dense(part, context)
-
-
+_DROPPED: dict[str, Rule] = {
+    "MaxoutDense": dropped.maxout_dense,
+    "Highway": dropped.highway,
+    "ParametricSoftplus": dropped.parametric_softplus,
+    "SReLU": dropped.srelu,
+}
 _RULES: dict[str, Rule] = {
     **recurrent_rules(),
     **dict.fromkeys(("Dense", "EinsumDense"), _linear),
@@ -325,8 +279,9 @@ _RULES: dict[str, Rule] = {
     "CategoryEncoding": _category_encoding,
     "Lambda": _lambda,
     "Merge": _merge,
-    "MaxoutDense": _maxout,
-    **dict.fromkeys(("Highway", "ParametricSoftplus", "SReLU"), _dropped),
+    "TimeDistributed": _time_distributed,
+    **_DROPPED,
+    **dict.fromkeys([f"{kind}Pooling{rank}D" for kind in ("Max", "Average") for rank in (1, 2, 3)], theano.pooling),
     **dict.fromkeys(("ZeroPadding1D", "ZeroPadding2D"), _zero_padding),
     **dict.fromkeys(
         [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -9,49 +10,89 @@ import numpy as np
 from kmerge.methods.registry import Array
 from kmerge.store import Tensor
 from kmerge.store.derived import derived
-from kmerge.upgrade.keras1 import operation
-from kmerge.upgrade.part import Chain, Context, Part, multiplied, reshaped
+from kmerge.upgrade.part import Chain, Context, Part, multiplied, operation, reshaped
 from kmerge.upgrade.settings import HARD_SIGMOID
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Which places of the input a locally connected layer reads.
+
+    Attributes:
+        sizes: rows and columns of the input.
+        channels, filters: of the input and of the output.
+        size, strides: of the patches.
+        places: rows and columns of patches.
+        before: rows and columns of zeros before the input.
+        first: whether channels stand first.
+    """
+
+    sizes: tuple[int, int]
+    channels: int
+    filters: int
+    size: tuple[int, int]
+    strides: tuple[int, int]
+    places: tuple[int, int]
+    before: tuple[int, int]
+    first: bool
+
+    @property
+    def count(self) -> int:
+        return self.places[0] * self.places[1]
+
+    @property
+    def inputs(self) -> int:
+        """Entries of one patch."""
+        return self.size[0] * self.size[1] * self.channels
+
+    @property
+    def after(self) -> tuple[int, int]:
+        """Rows and columns of zeros that the last patches reach into."""
+        ends = zip(self.places, self.strides, self.before, self.size, self.sizes, strict=True)
+        return tuple(max(0, (count - 1) * step - lead + width - of) for count, step, lead, width, of in ends)  # type: ignore[return-value]
+
+    def positions(self) -> Array:
+        """Position in the flattened rows and columns per place and entry of the patch; -1 outside the input.
+
+        Shape (count, rows, columns of a patch).
+        """
+        axes = []
+        for count, step, lead, width, of in zip(
+            self.places, self.strides, self.before, self.size, self.sizes, strict=True
+        ):
+            found = np.arange(count)[:, None] * step - lead + np.arange(width)
+            axes.append(np.where((found >= 0) & (found < of), found, -1))
+        rows, columns = axes[0][:, None, :, None], axes[1][None, :, None, :]
+        found = np.where((rows < 0) | (columns < 0), -1, rows * self.sizes[1] + columns)
+        return found.reshape(self.count, *self.size)
 
 
 def locally_connected(part: Part, context: Context) -> Chain:
     """ExtractPatches, then an EinsumDense with one kernel per place, then a Reshape back to the places.
 
-    Only `implementation=1` (the only one before TensorFlow 1.13) stores kernels as (places, inputs, filters).
+    A kernel is stored as (places, inputs, filters) by `implementation=1`, the only one before TensorFlow 1.13, as one
+    number for each pair of an input and an output by 2, and for each pair that is connected by 3.
     """
     config = part.config
     rank = 1 if part.class_name.endswith("1D") else 2
-    if config.get("implementation", 1) != 1 or not part.tensors or len(part.tensors[0].shape) != 3:
-        context.refuse(part.class_name, "unknown", "is locally connected with implementation=2 or 3")
-        return [part]
-    size = _pair(config.get("kernel_size") or [config.get("nb_row"), config.get("nb_col")], rank)
-    strides = _pair(config.get("strides") or [1] * rank, rank)
     if context.input_shape is None or any(length is None for length in context.input_shape[1:]):
         context.refuse(part.class_name, "unknown", "is locally connected, on an input of unknown shape")
         return [part]
-    first = rank == 2 and config.get("data_format") == "channels_first"
-    shape = [int(length or 0) for length in context.input_shape[1:]]
-    channels, sizes = (shape[0], shape[1:]) if first else (shape[-1], shape[:-1])
-    sizes = [*sizes, 1][:2]
-    places = [(length - width) // step + 1 for length, width, step in zip(sizes, size, strides, strict=True)]
-    count, filters = places[0] * places[1], part.tensors[0].shape[2]
-    kernel = part.tensors[0]
-    if kernel.shape[:2] != (count, size[0] * size[1] * channels):
-        raise ValueError(f"kernel is {kernel.shape}, expected {(count, size[0] * size[1] * channels, filters)}")
-    if first:
-        kernel = _channels_last(kernel, channels, size)
-    tensors = [kernel]
+    if not part.tensors:
+        raise ValueError("a locally connected layer has no weights")
+    grid = _grid(part, rank, [int(length or 0) for length in context.input_shape[1:]])
+    count, filters, first = grid.count, grid.filters, grid.first
+    tensors = [_kernel(part.tensors[0], grid, int(config.get("implementation", 1)))]
     if len(part.tensors) > 1:
         tensors.append(_bias(part.tensors[1], count, filters, first))
     if context.old and config.get("activation") == "hard_sigmoid":
         tensors = [multiplied(tensor, HARD_SIGMOID, context) for tensor in tensors]
-    dtype = config.get("dtype", "float32")
     linear = Part(
         "EinsumDense",
         {
             "name": config.get("name"),
             "trainable": config.get("trainable", True),
-            "dtype": dtype,
+            "dtype": config.get("dtype", "float32"),
             "equation": "abc,bcd->abd",
             "output_shape": [count, filters],
             "bias_axes": "bd" if len(tensors) > 1 else None,
@@ -64,29 +105,51 @@ def locally_connected(part: Part, context: Context) -> Chain:
         },
         tuple(tensors),
     )
-    patches = operation(
-        "ExtractPatches",
-        "image",
-        size=list(size),
-        strides=list(strides),
-        dilation_rate=1,
-        padding="valid",
-        data_format="channels_last",
-    )
     chain: Chain = []
     if first:
-        chain.append(Part("Permute", {"dims": [2, 3, 1]}, suffix="channels_last"))
+        axes = [2, 1] if rank == 1 else [2, 3, 1]
+        chain.append(Part("Permute", {"dims": axes}, suffix="channels_last"))
     if rank == 1:
-        chain.append(Part("Reshape", {"target_shape": [*sizes, channels]}, suffix="rows"))
-    chain.append(patches)
-    chain.append(Part("Reshape", {"target_shape": [count, size[0] * size[1] * channels]}, suffix="places"))
+        chain.append(Part("Reshape", {"target_shape": [*grid.sizes, grid.channels]}, suffix="rows"))
+    if any(grid.before) or any(grid.after):
+        sides = [list(ends) for ends in zip(grid.before, grid.after, strict=True)]
+        chain.append(Part("ZeroPadding2D", {"padding": sides, "data_format": "channels_last"}, suffix="padding"))
+    chain.append(
+        operation(
+            "ExtractPatches",
+            "image",
+            size=list(grid.size),
+            strides=list(grid.strides),
+            dilation_rate=1,
+            padding="valid",
+            data_format="channels_last",
+        )
+    )
+    chain.append(Part("Reshape", {"target_shape": [count, grid.inputs]}, suffix="places"))
     chain.append(linear)
-    target = [count, filters] if rank == 1 else [*places, filters]
     if rank == 2:
-        chain.append(Part("Reshape", {"target_shape": target}, suffix="grid"))
+        chain.append(Part("Reshape", {"target_shape": [*grid.places, filters]}, suffix="grid"))
     if first:
-        chain.append(Part("Permute", {"dims": [3, 1, 2]}, suffix="channels_first"))
+        axes = [2, 1] if rank == 1 else [3, 1, 2]
+        chain.append(Part("Permute", {"dims": axes}, suffix="channels_first"))
     return chain
+
+
+def _grid(part: Part, rank: int, shape: list[int]) -> _Grid:
+    config = part.config
+    size = _pair(config.get("kernel_size") or [config.get("nb_row"), config.get("nb_col")], rank)
+    strides = _pair(config.get("strides") or [1] * rank, rank)
+    first = config.get("data_format") == "channels_first"
+    channels, spatial = (shape[0], shape[1:]) if first else (shape[-1], shape[:-1])
+    sizes = _pair(spatial, rank)
+    if config.get("padding") == "same":
+        places = (-(-sizes[0] // strides[0]), -(-sizes[1] // strides[1]))
+        before = (size[0] // 2, size[1] // 2)
+    else:
+        places = ((sizes[0] - size[0]) // strides[0] + 1, (sizes[1] - size[1]) // strides[1] + 1)
+        before = (0, 0)
+    filters = int(config.get("filters") or part.tensors[0].shape[-1])
+    return _Grid(sizes, channels, filters, size, strides, places, before, first)
 
 
 def _pair(value: Any, rank: int) -> tuple[int, int]:
@@ -95,21 +158,72 @@ def _pair(value: Any, rank: int) -> tuple[int, int]:
     return int(first), int(second)
 
 
-def _channels_last(kernel: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
-    """Inputs of each patch from (channels, rows, columns) to (rows, columns, channels)."""
-    count, inputs, filters = kernel.shape
+def _kernel(kernel: Tensor, grid: _Grid, implementation: int) -> Tensor:
+    """A kernel as (places, inputs of a patch by row, column and channel, filters)."""
+    wanted = (grid.count, grid.inputs, grid.filters)
+    inside = grid.positions() >= 0
+    pixels = (grid.sizes[0] * grid.sizes[1], grid.channels)
+    if implementation == 1:
+        expected: tuple[int, ...] = wanted
+    elif implementation == 3:
+        expected = (int(inside.sum()) * grid.channels * grid.filters,)
+    else:
+        rank = len(kernel.shape) // 2 - 1
+        spatial, places = grid.sizes[:rank], grid.places[:rank]
+        ends = [(grid.channels, *spatial), (grid.filters, *places)]
+        expected = tuple(n for end in ends for n in (end if grid.first else (*end[1:], end[0])))
+    if kernel.shape != expected:
+        raise ValueError(f"kernel is {kernel.shape}, expected {expected}")
 
     def make() -> Array:
-        whole = kernel.read().reshape(count, channels, *size, filters)
-        return np.moveaxis(whole, 1, 3).reshape(count, inputs, filters)
+        if implementation == 1:
+            whole = kernel.read()
+            if grid.first:
+                split = whole.reshape(grid.count, grid.channels, *grid.size, grid.filters)
+                whole = np.moveaxis(split, 1, 3).reshape(wanted)
+            return whole
+        stored = kernel.read().reshape(-1)
+        where = _pairs(grid, pixels) if implementation == 2 else _connected(grid)
+        return np.where(where < 0, 0, stored[where]).astype(stored.dtype).reshape(wanted)
 
-    return derived(kernel, kernel.shape, make, parts=(kernel,))
+    if implementation == 1 and not grid.first:
+        return kernel
+    whole = implementation == 1 or (implementation == 3 and bool(inside.all()))
+    return derived(kernel, wanted, make, parts=(kernel,) if whole else ())
+
+
+def _pairs(grid: _Grid, pixels: tuple[int, int]) -> Array:
+    """Where `implementation=2` stores each entry; -1 outside. Shape (places, rows, columns, channels, filters)."""
+    at = grid.positions()[..., None, None]
+    place = np.arange(grid.count)[:, None, None, None, None]
+    channel, out = np.arange(grid.channels)[:, None], np.arange(grid.filters)
+    if grid.first:
+        before, after = channel * pixels[0] + at, out * grid.count + place
+    else:
+        before, after = at * grid.channels + channel, place * grid.filters + out
+    return np.where(at < 0, -1, before * (grid.count * grid.filters) + after)
+
+
+def _connected(grid: _Grid) -> Array:
+    """Where `implementation=3` stores each entry: by output, then by input; -1 outside. Shape as `_pairs`."""
+    inside = grid.positions() >= 0
+    pixels = inside.reshape(grid.count, -1).sum(axis=1)  # of each patch
+    rank = (np.cumsum(inside.reshape(grid.count, -1), axis=1) - 1).reshape(inside.shape)[..., None, None]
+    channel, out = np.arange(grid.channels)[:, None], np.arange(grid.filters)
+    before = np.concatenate([[0], np.cumsum(pixels)[:-1]]) * grid.channels  # entries of the patches before
+    each = (pixels * grid.channels)[:, None, None, None, None]
+    start = before[:, None, None, None, None]
+    if grid.first:
+        where = out * int(pixels.sum()) * grid.channels + start + channel * pixels[:, None, None, None, None] + rank
+    else:
+        where = start * grid.filters + out * each + rank * grid.channels + channel
+    return np.where(inside[..., None, None], where, -1)
 
 
 def _bias(bias: Tensor, count: int, filters: int, first: bool) -> Tensor:
-    """tf.keras stores (filters, rows, columns) for channels first, Keras (rows, columns, filters)."""
+    """One number per place and filter, which Keras reads filter by filter where channels stand first."""
     if bias.size != count * filters:
         raise ValueError(f"bias is {bias.shape}, expected {count} places of {filters} numbers")
-    if first and bias.shape[0] == filters and bias.shape[-1] != filters:
+    if first:
         return derived(bias, (count, filters), lambda: bias.read().reshape(filters, count).T, parts=(bias,))
     return reshaped(bias, (count, filters))

@@ -16,7 +16,7 @@ from kmerge.source import Source, State, Weight, natural, split_weights
 from kmerge.store import Tensor
 from kmerge.upgrade.layers import upgrade_layer
 from kmerge.upgrade.operations import is_operation, operation_calls
-from kmerge.upgrade.part import LAYERS, Context, Part
+from kmerge.upgrade.part import LAYERS, Context, Part, branches
 from kmerge.upgrade.recurrent import RECURRENT
 from kmerge.upgrade.settings import MODELS
 from kmerge.upgrade.slots import listed_weights, slots
@@ -72,6 +72,7 @@ class _Upgrade:
         self.made: dict[Ref, Ref] = {}
         self.chains: dict[int, list[int]] = {}
         self.keywords: dict[int, Mapping[str, Any]] = {}
+        self.back: dict[int, tuple[int, ...]] = {}
         self.taken = {plain_name(layer.name) for layer in graph.layers}
         self.names = _plain_names(graph)
 
@@ -115,13 +116,18 @@ class _Upgrade:
             parts = upgrade_layer(_part(layer, self.tensors[call.layer]), self.context)
             self.chains[call.layer] = [self._add_part(part, layer, call.layer) for part in parts]
         args = new_arguments(layer.class_name, arguments)
-        for place, index in enumerate(self.chains[call.layer]):
-            keywords = self.keywords.get(index, {})
-            given = {**args, "kwargs": {**args["kwargs"], **keywords}} if keywords else args
-            ref = self._add_call(index, given)
-            args = {"args": [ref], "kwargs": {}}
-            if place == len(self.chains[call.layer]) - 1:
-                self.made[Ref(number)] = ref
+        made: list[Any] = []
+        for index in self.chains[call.layer]:
+            given = args if not made else self._given(index, [args["args"][0], *made])
+            given = {**given, "kwargs": {**given["kwargs"], **self.keywords.get(index, {})}}
+            made.append(self._add_call(index, given))
+        self.made[Ref(number)] = made[-1]
+
+    def _given(self, index: int, made: Sequence[Any]) -> dict[str, Any]:
+        """What a later layer of a chain is called with, of all tensors made so far."""
+        tensors = [made[-step] for step in self.back.get(index, (1,))]
+        together = len(tensors) > 1 and not self.layers[index].is_operation
+        return {"args": [tensors] if together else tensors, "kwargs": {}}
 
     def _input(self, index: int, layer: Layer) -> int:
         shape = input_shape(layer)
@@ -153,6 +159,8 @@ class _Upgrade:
         added = self._add_layer(new, self._weights(part, new))
         if part.keywords:
             self.keywords[added] = part.keywords
+        if part.back != (1,):
+            self.back[added] = part.back
         return added
 
     def _add_layer(self, layer: Layer, weights: tuple[Weight, ...]) -> int:
@@ -287,7 +295,10 @@ class _Upgrade:
                 self.context.refuse(entry["class_name"], "custom", "is none of Keras's own layers")
             self.context.inside, self.context.input_shape = recurrent, None
             chain = [self._wrapped(part) for part in upgrade_layer(part, self.context)]
-            if any(part.keywords for part in chain):
+            if branches(chain) or any(part.module.startswith("keras.src.ops") for part in chain):
+                reason = "becomes operations, which cannot stand inside a wrapper"
+                self.context.refuse(entry["class_name"], "unknown", reason)
+            elif any(part.keywords for part in chain):
                 self.context.refuse(entry["class_name"], "unknown", "takes arguments in each call, inside a wrapper")
             entries = [_entry_of(part, name or "layer") for part in chain]
             found = [tensor for part in chain for tensor in part.tensors]

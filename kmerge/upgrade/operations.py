@@ -9,8 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from kmerge.graph import Layer, Ref, refs
-from kmerge.upgrade.keras1 import operation
-from kmerge.upgrade.part import LAYERS, Context, Part
+from kmerge.upgrade.part import LAYERS, Context, Part, operation
 
 Add = Callable[..., Ref]
 

@@ -29,6 +29,8 @@ class Part:
         registered: name under which a custom class or an operation is registered.
         suffix: of the name of a layer that has to be added to another one; "" for the one that keeps the name.
         keywords: that every call of the layer is given.
+        back: which of the tensors made so far it is given, counted backwards: (1,) for the last one, (2, 1) for the
+            last two. What the whole chain is given counts as its first tensor.
     """
 
     class_name: str
@@ -38,6 +40,7 @@ class Part:
     registered: str | None = None
     suffix: str = ""
     keywords: Mapping[str, Any] = field(default_factory=dict)
+    back: tuple[int, ...] = (1,)
 
     def having(self, **settings: Any) -> Part:
         """The part with some settings changed; one that is given as `DROP` is left out."""
@@ -120,6 +123,18 @@ class Context:
 
 Chain = list[Part]
 """Layers that are called one after the other in place of one; the last-named one keeps its name."""
+
+
+def branches(chain: Chain) -> bool:
+    """Whether some layer of a chain is given another tensor than the last one."""
+    return any(part.back != (1,) for part in chain)
+
+
+def operation(class_name: str, module: str, back: tuple[int, ...] = (1,), **settings: Any) -> Part:
+    """A bare operation of current Keras."""
+    return Part(class_name, settings, module=f"keras.src.ops.{module}", registered=class_name, back=back)
+
+
 Rule = Callable[[Part, Context], "Chain | Part"]
 
 

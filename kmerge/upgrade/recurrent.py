@@ -8,6 +8,7 @@ from kmerge.methods.registry import Array
 from kmerge.store import Tensor
 from kmerge.upgrade.part import Chain, Context, Part, Rule, made_from, multiplied, reshaped
 from kmerge.upgrade.settings import HARD_SIGMOID, OLD_HARD_SIGMOID
+from kmerge.upgrade.theano import conv_lstm
 
 RECURRENT = frozenset({"SimpleRNN", "LSTM", "GRU", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D", "RNN", "Bidirectional"})
 _GATES = {"LSTM": "ifco", "GRU": "zrh", "ConvLSTM": "ifco", "SimpleRNN": "h"}
@@ -40,14 +41,18 @@ def _recurrent(part: Part, context: Context) -> Chain:
         part = _scaled(part, kind, context)
         if kind in ("LSTM", "ConvLSTM") and config.get("activation") == "hard_sigmoid":
             part = part.having(activation=OLD_HARD_SIGMOID)
-    if kind == "ConvLSTM" and context.old and config.get("data_format") == "channels_first":
-        if not context.inside:
-            return _channels_last(part)
+    first = kind == "ConvLSTM" and context.old and config.get("data_format") == "channels_first"
+    if first and not context.inside:
+        part = part.having(data_format="channels_last")
+    elif first:
         context.note(f"'{context.layer}': {part.class_name} with channels first runs on few CPUs, as before")
-    return [part]
+    chain = conv_lstm(part, context) if kind == "ConvLSTM" and context.theano else [part]
+    if len(chain) > 1 and context.inside:
+        context.refuse(part.class_name, "unknown", "pads its input as Theano does, inside a wrapper")
+    return _channels_last(part, chain) if first and not context.inside else chain
 
 
-def _channels_last(part: Part) -> Chain:
+def _channels_last(part: Part, chain: Chain) -> Chain:
     """Channels first, (steps, channels, *sizes), between two Permutes: TensorFlow knows it on few CPUs."""
     rank = next(int(letter) for letter in part.class_name if letter.isdigit())
     sizes = range(3, 3 + rank)
@@ -57,7 +62,7 @@ def _channels_last(part: Part) -> Chain:
         back = (rank + 1, *range(1, rank + 1))
     return [
         Part("Permute", {"dims": [1, *sizes, 2]}, suffix="channels_last"),
-        part.having(data_format="channels_last"),
+        *chain,
         Part("Permute", {"dims": list(back)}, suffix="channels_first"),
     ]
 
