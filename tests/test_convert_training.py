@@ -130,7 +130,7 @@ def test_adam_steps_as_by_hand(tmp_path: Path) -> None:
     _, _, *slots = variables_in(tmp_path / "new.keras")
     kernel = np.asarray(model.trainable_variables[-2])
     hidden = np.asarray(keras.Model(model.inputs[0], model.layers[-1].input)(x))
-    given = np.asarray(model([x]))
+    given = np.asarray(model(x))
     gradient = hidden.T @ (given - y) / 4  # of categorical crossentropy behind a softmax
     model.train_on_batch(x, y)
     first, second = 0.9 * slots[4] + 0.1 * gradient, 0.999 * slots[5] + 0.001 * gradient**2

@@ -122,8 +122,9 @@ def _scale(
         kept, count = [rank - 1], int(last)
         spread = [_spread(tensor, count) for tensor in (factor, offset) if tensor is not None]
     else:
-        shape = tuple(factor.shape[place] for place in kept)
-        spread = [reshaped(tensor, shape) for tensor in (factor, offset) if tensor is not None]
+        spread = [reshaped(factor, [factor.shape[place] for place in kept])]
+        if offset is not None:  # a bias has all axes from the first one on
+            spread.append(reshaped(offset, factor.shape[kept[0] :]))
     used = "".join(letters[place] for place in kept)
     config = {
         "equation": f"...{letters},{used}->...{letters}",

@@ -1,0 +1,191 @@
+"""Layers that Keras dropped, computed by hand and by the layers of current Keras that stand in for them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+
+import kmerge
+
+
+def write_old(
+    path: Path, layers: list[tuple[str, dict[str, Any]]], arrays: Mapping[str, np.ndarray], version: str = "1.2.2"
+) -> Path:
+    """A Sequential model whose first layer has weights, as an old Keras wrote it."""
+    entries = [{"class_name": name, "config": {"name": f"l{n}", **config}} for n, (name, config) in enumerate(layers)]
+    with h5py.File(path, "w") as file:
+        file.attrs["model_config"] = json.dumps({"class_name": "Sequential", "config": entries})
+        file.attrs["keras_version"] = version
+        group = file.create_group("model_weights")
+        group.attrs["layer_names"] = [f"l{n}".encode() for n in range(len(layers))]
+        for number in range(len(layers)):
+            inner = group.create_group(f"l{number}")
+            mine = arrays if number == 0 else {}
+            inner.attrs["weight_names"] = [f"l0_{name}".encode() for name in mine]
+            for name, array in mine.items():
+                inner[f"l0_{name}"] = array.astype("float32")
+    return path
+
+
+def converted(path: Path, x: np.ndarray, suffix: str = ".keras") -> np.ndarray:
+    """What the converted file predicts."""
+    import keras
+
+    new = path.with_name(f"new{suffix}")
+    kmerge.convert(path, new, force=True)
+    return np.asarray(keras.saving.load_model(new, compile=False)(x.astype("float32")))
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_highway(bias: bool, suffix: str, wrapped: bool, tmp_path: Path) -> None:
+    """t h + (1 - t) x; alone, and on each step of a sequence."""
+    x = random(2, 3, 4) if wrapped else random(2, 4)
+    arrays = {"W:0": random(4, 4, seed=1), "W_carry:0": random(4, 4, seed=2)}
+    if bias:
+        arrays |= {"b:0": random(4, seed=3), "b_carry:0": random(4, seed=4)}
+    own = {"activation": "tanh", "bias": bias, "init": "glorot_uniform", "W_regularizer": None, "input_dim": 4}
+    layer = ("Highway", {**own, "batch_input_shape": [None, 4]})
+    if wrapped:
+        inner = {"class_name": "Highway", "config": {"name": "inner", **own}}
+        layer = ("TimeDistributed", {"layer": inner, "batch_input_shape": [None, 3, 4]})
+    gate = sigmoid(x @ arrays["W_carry:0"] + arrays.get("b_carry:0", 0))
+    wanted = gate * np.tanh(x @ arrays["W:0"] + arrays.get("b:0", 0)) + (1 - gate) * x
+    path = write_old(tmp_path / "a.h5", [layer], arrays)
+    np.testing.assert_allclose(converted(path, x, suffix), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_maxout(wrapped: bool, tmp_path: Path) -> None:
+    x = random(2, 3, 4) if wrapped else random(2, 4)
+    arrays = {"W:0": random(5, 4, 2, seed=1), "b:0": random(5, 2, seed=2)}
+    own = {"output_dim": 2, "nb_feature": 5, "bias": True}
+    layer = ("MaxoutDense", {**own, "batch_input_shape": [None, 4]})
+    if wrapped:
+        inner = {"class_name": "MaxoutDense", "config": {"name": "inner", **own}}
+        layer = ("TimeDistributed", {"layer": inner, "batch_input_shape": [None, 3, 4]})
+    wanted = (np.einsum("...i,kio->...ko", x, arrays["W:0"]) + arrays["b:0"]).max(axis=-2)
+    np.testing.assert_allclose(converted(write_old(tmp_path / "a.h5", [layer], arrays), x), wanted, atol=1e-6)
+
+
+SHAPES = [((4,), (4,)), ((3, 4), (3, 4)), ((3, 2, 4), (1, 1, 4)), ((3, 2, 4), (3, 1, 1)), ((3, 4), (1, 1))]
+"""Of an input, and of weights that may be shared along some axes."""
+
+
+@pytest.mark.parametrize(("shape", "weights"), SHAPES)
+def test_parametric_softplus(shape: tuple[int, ...], weights: tuple[int, ...], tmp_path: Path) -> None:
+    x = random(2, *shape)
+    alphas, betas = random(*weights, seed=1), random(*weights, seed=2)
+    layer = ("ParametricSoftplus", {"alpha_init": 0.2, "beta_init": 5.0, "batch_input_shape": [None, *shape]})
+    path = write_old(tmp_path / "a.h5", [layer], {"alphas:0": alphas, "betas:0": betas})
+    np.testing.assert_allclose(converted(path, x), alphas * np.log1p(np.exp(betas * x)), atol=1e-5)
+
+
+@pytest.mark.parametrize(("shape", "weights"), SHAPES)
+@pytest.mark.parametrize("theano", [False, True], ids=["tensorflow", "theano"])
+def test_srelu(shape: tuple[int, ...], weights: tuple[int, ...], theano: bool, tmp_path: Path) -> None:
+    """Theano takes the minimum over the left part too, which shows where its slope is negative."""
+    x = 2 * random(2, *shape)
+    left, slope, width, right = (random(*weights, seed=seed) for seed in (1, 2, 3, 4))
+    layer = ("SReLU", {"t_left_init": "zero", "a_left_init": "one", "batch_input_shape": [None, *shape]})
+    names = ("t_left", "a_left", "t_right", "a_right")
+    arrays = {
+        f"{name}{'' if theano else ':0'}": array for name, array in zip(names, (left, slope, width, right), strict=True)
+    }
+    end = left + np.abs(width)
+    if theano:
+        middle = np.minimum(np.where(x > left, x - left, slope * (x - left)), end - left)
+    else:
+        middle = np.clip(x - left, 0, end - left) - slope * np.maximum(left - x, 0)
+    wanted = left + middle + right * np.maximum(x - end, 0)
+    path = write_old(tmp_path / "a.h5", [layer, ("Flatten", {})], arrays)
+    np.testing.assert_allclose(converted(path, x), wanted.reshape(2, -1), atol=2e-5)
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4)])
+def test_normalisation_of_rows(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """BatchNormalization(mode=1); a large epsilon shows that it is added twice."""
+    x = random(2, *shape)
+    gamma, beta = random(4, seed=1), random(4, seed=2)
+    config = {"mode": 1, "axis": -1, "epsilon": 0.1, "beta_init": "zero", "batch_input_shape": [None, *shape]}
+    arrays = {"gamma:0": gamma, "beta:0": beta, "running_mean:0": random(4), "running_std:0": np.ones(4)}
+    path = write_old(tmp_path / "a.h5", [("BatchNormalization", config)], arrays)
+    deviation = np.sqrt(x.var(axis=-1, keepdims=True) + 0.1)
+    wanted = (x - x.mean(axis=-1, keepdims=True)) / (deviation + 0.1) * gamma + beta
+    np.testing.assert_allclose(converted(path, x), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", [1, 2, 3])
+@pytest.mark.parametrize("first", [False, True], ids=["last", "first"])
+@pytest.mark.parametrize(("rank", "same"), [(1, False), (2, False), (2, True)])
+def test_locally_connected(implementation: int, first: bool, rank: int, same: bool, tmp_path: Path) -> None:
+    """Each output has weights of its own; the three implementations store them in three ways."""
+    if implementation == 1 and same:
+        same = False  # Keras had "same" in the others alone
+    sizes, size, steps = ((5,), (3,), (2,)) if rank == 1 else ((4, 3), (3, 2), (2, 1))
+    places = tuple(
+        (n - (0 if same else k) + (s - 1 if same else s)) // s for n, k, s in zip(sizes, size, steps, strict=True)
+    )
+    x = random(2, *sizes, 2)
+    dense = random(*sizes, 2, *places, 3, seed=1)  # a weight for each pair of input and output …
+    connected = np.zeros((*sizes, *places), bool)
+    for place in itertools.product(*map(range, places)):
+        start = [p * s - (k // 2 if same else 0) for p, s, k in zip(place, steps, size, strict=True)]
+        window = tuple(slice(max(0, a), min(a + k, n)) for a, k, n in zip(start, size, sizes, strict=True))
+        connected[(*window, *place)] = True
+    mask = np.expand_dims(connected, (rank, -1))
+    bias = random(*places, 3, seed=2)
+    used = bias.reshape(3, *places) if first else bias  # Keras reads it in the order of the output
+    axes = tuple(range(1, rank + 2))
+    wanted = np.tensordot(x, np.where(mask, dense, 0.0), (axes, tuple(range(rank + 1))))
+    wanted = wanted + (np.moveaxis(used, 0, -1) if first else used)
+    kernel = stored(dense, mask, implementation, first, rank)
+    given = np.moveaxis(x, -1, 1) if first else x
+    config = {
+        "batch_input_shape": [None, *given.shape[1:]], "filters": 3, "kernel_size": size, "strides": steps,
+        "padding": "same" if same else "valid", "data_format": "channels_first" if first else "channels_last",
+        "implementation": implementation, "activation": "linear", "use_bias": True,
+    }  # fmt: skip
+    layer = (f"LocallyConnected{rank}D", config)
+    path = write_old(tmp_path / "a.h5", [layer], {"kernel:0": kernel, "bias:0": bias}, "2.15.0")
+    got = converted(path, given)
+    np.testing.assert_allclose(np.moveaxis(got, 1, -1) if first else got, wanted, atol=1e-5)
+
+
+def stored(dense: np.ndarray, mask: np.ndarray, implementation: int, first: bool, rank: int) -> np.ndarray:
+    """Weights (*sizes, inputs, *places, filters) as an implementation of Keras stores them."""
+    axes = [*range(rank), rank, *range(rank + 1, 2 * rank + 1), 2 * rank + 1]
+    if first:
+        axes = [rank, *range(rank), 2 * rank + 1, *range(rank + 1, 2 * rank + 1)]
+    if implementation == 2:
+        return np.transpose(dense, axes)
+    mask = np.broadcast_to(mask, dense.shape)
+    if implementation == 3:
+        count = int(np.prod([dense.shape[axis] for axis in axes[: rank + 1]]))
+        values, present = (np.transpose(item, axes).reshape(count, -1).T for item in (dense, mask))
+        return values[present]
+    filters = dense.shape[-1]
+    rows = []
+    for place in np.ndindex(*dense.shape[rank + 1 : -1]):
+        at = (..., *place, slice(None))
+        values, present = dense[at], mask[at]
+        if first:
+            values, present = np.moveaxis(values, rank, 0), np.moveaxis(present, rank, 0)
+        rows.append(values[present].reshape(-1, filters))
+    return np.stack(rows)
