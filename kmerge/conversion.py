@@ -25,7 +25,7 @@ from kmerge.report.conversion import Conversion, explain_obstacles
 from kmerge.source import Source, open_source
 from kmerge.store import Kind, Layout, TensorSpec
 from kmerge.store.target import check_target
-from kmerge.upgrade import Upgraded, alone, as_legacy, upgrade
+from kmerge.upgrade import Upgraded, alone, as_legacy, is_current, upgrade
 from kmerge.upgrade.optimizer import Variables, upgrade_state
 from kmerge.upgrade.training import upgrade_training
 from kmerge.version import __version__
@@ -136,18 +136,39 @@ def _road(source: Source, upgraded: Upgraded, legacy: bool, objects: Mapping[str
     Raises:
         FormatError: if that is so and the class was not given.
     """
-    suffix = ".h5" if legacy else ".keras"
     custom = _first_custom(upgraded)
-    same_format = upgraded.source is source and not legacy
-    if custom is None or same_format or (legacy and source.kind is Kind.H5):
-        return _Road(suffix)
+    if custom is None or (legacy if source.kind is Kind.H5 else is_current(source) and not legacy):
+        return _Road(".h5" if legacy else ".keras")
     if not objects:
         raise FormatError(
             f"'{custom.name}' ({custom.class_name}) is none of Keras's own layers, and only its class knows in which "
             f"order its weights stand in an .h5 file: write a .keras file, which takes it over as it is, or name the "
             "module that registers it with --custom MODULE."
         )
+    _check_modules(upgraded.source.model, objects, source.name)
     return _Road(".keras" if legacy else ".h5", through_keras=True)
+
+
+def _check_modules(value: Any, objects: Mapping[str, Any], name: str) -> None:
+    """Refuse a configuration that Keras would have to import further modules for.
+
+    Raises:
+        FormatError: naming the module.
+    """
+    if isinstance(value, list):
+        for item in value:
+            _check_modules(item, objects, name)
+    if not isinstance(value, Mapping):
+        return
+    module, class_name = value.get("module"), str(value.get("class_name"))
+    known = {class_name, str(value.get("registered_name"))} & {*objects, *(key.rpartition(">")[2] for key in objects)}
+    if isinstance(module, str) and not known and module.split(".")[0] not in ("keras", "builtins"):
+        raise FormatError(
+            f"'{name}' names '{class_name}' of the module '{module}', which is never imported because a file asks for "
+            "it: register it with Keras in a module of yours, and name that with --custom MODULE."
+        )
+    for item in value.values():
+        _check_modules(item, objects, name)
 
 
 def _first_custom(upgraded: Upgraded) -> Layer | None:

@@ -17,6 +17,6 @@ No framework is imported, no code of a file is run, and no weight is read before
 
 from kmerge.upgrade.part import Obstacle
 from kmerge.upgrade.refusals import Refusal, is_outdated, refusals
-from kmerge.upgrade.whole import Upgraded, alone, as_legacy, upgrade
+from kmerge.upgrade.whole import Upgraded, alone, as_legacy, is_current, upgrade
 
-__all__ = ["Obstacle", "Refusal", "Upgraded", "alone", "as_legacy", "is_outdated", "refusals", "upgrade"]
+__all__ = ["Obstacle", "Refusal", "Upgraded", "alone", "as_legacy", "is_current", "is_outdated", "refusals", "upgrade"]

@@ -86,7 +86,7 @@ def _scaled(part: Part, kind: str, context: Context) -> Part:
 
 def _cudnn_lstm(part: Part, context: Context) -> Part:
     """Kernels stored for CuDNN, and two biases that are only ever added."""
-    kernel, recurrent, *bias = part.tensors
+    kernel, recurrent, *bias = _checked(part, 4)
     tensors = [_from_cudnn(kernel, 4, True), _from_cudnn(recurrent, 4, False)]
     if bias:
         half = bias[0].shape[0] // 2
@@ -96,7 +96,7 @@ def _cudnn_lstm(part: Part, context: Context) -> Part:
 
 
 def _cudnn_gru(part: Part, context: Context) -> Part:
-    kernel, recurrent, *bias = part.tensors
+    kernel, recurrent, *bias = _checked(part, 3)
     tensors = [_from_cudnn(kernel, 3, True), _from_cudnn(recurrent, 3, False)]
     if bias:
         tensors.append(reshaped(bias[0], (2, bias[0].size // 2)))
@@ -104,14 +104,23 @@ def _cudnn_gru(part: Part, context: Context) -> Part:
     return part.having(activation="tanh", recurrent_activation="sigmoid", use_bias=True, reset_after=True)
 
 
+def _checked(part: Part, gates: int) -> tuple[Tensor, ...]:
+    """The weights of a CuDNN layer: (inputs, gates x units), (units, gates x units), (2 x gates x units,)."""
+    units = int(part.config.get("units") or 0)
+    columns = gates * units
+    inputs = part.tensors[0].shape[0] if part.tensors and part.tensors[0].shape else 0
+    expected = ((inputs, columns), (units, columns), (2 * columns,))[: max(2, len(part.tensors))]
+    found = tuple(tensor.shape for tensor in part.tensors)
+    if found != expected:
+        raise ValueError(f"weights are {found}, expected {expected} for {units} units of {gates} gates")
+    return part.tensors
+
+
 def _from_cudnn(kernel: Tensor, gates: int, reordered: bool) -> Tensor:
     """Each gate's matrix is stored transposed; that of the inputs keeps its shape besides."""
 
     def one(matrix: Array) -> Array:
         return matrix.T.reshape(matrix.shape, order="F") if reordered else matrix.T
-
-    if kernel.shape[-1] % gates:
-        raise ValueError(f"a kernel is {kernel.shape}, which is no whole number for each of {gates} gates")
 
     def make(arrays: list[Array]) -> Array:
         return np.hstack([one(matrix) for matrix in np.hsplit(arrays[0], gates)])

@@ -145,6 +145,10 @@ def _typed(initializer: Any) -> bool:
 
 _GONE = frozenset(
     {
+        "Highway",
+        "MaxoutDense",
+        "ParametricSoftplus",
+        "SReLU",
         "CuDNNLSTM",
         "CuDNNGRU",
         "LocallyConnected1D",

@@ -9,6 +9,7 @@ from typing import Any
 from kmerge.dialects.reading import Dialect
 from kmerge.dialects.writing import parse_version, write_model
 from kmerge.errors import FormatError, GraphError
+from kmerge.graph import Call
 from kmerge.source import Source, State, Weight
 from kmerge.store import Kind
 from kmerge.surgery import Merged, MergedLayer
@@ -60,8 +61,8 @@ def upgrade(
             f"'{source.name}' holds no graph, so there is nothing to bring to current Keras. Give a whole model "
             "(.h5 or .keras)."
         )
-    if source.dialect is Dialect.KERAS3 and parse_version(source.version) >= (3,):
-        return Upgraded(source, tuple(_in_order(source)), (), ())
+    if is_current(source):
+        return Upgraded(_with_replacements(source, replacements or {}), tuple(_in_order(source)), (), ())
     context = context_of(source, replacements=replacements or {}, custom=custom or {}, power=power)
     try:
         network = upgrade_network(source, context)
@@ -88,6 +89,34 @@ def upgrade(
         nested=None,
     )
     return Upgraded(made, network.states, tuple(context.obstacles), tuple(context.notes))
+
+
+def is_current(source: Source) -> bool:
+    """Whether a source is a `.keras` file of Keras 3, which is taken over as it is."""
+    return source.dialect is Dialect.KERAS3 and parse_version(source.version) >= (3,)
+
+
+def _with_replacements(source: Source, replacements: Mapping[str, Mapping[str, Any]]) -> Source:
+    """A current source with other layers in place of some Lambdas."""
+    if not replacements or source.graph is None:
+        return source
+    layers, replaced = [], set()
+    for number, layer in enumerate(source.graph.layers):
+        found = replacements.get(layer.name) if layer.class_name == "Lambda" else None
+        if found is not None:
+            entry = {key: item for key, item in found.items() if key not in ("class_name", "config", "name")}
+            config = {**found["config"], "name": layer.name}
+            layer = replace(layer, class_name=str(found["class_name"]), config=config, entry=entry)
+            replaced.add(number)
+        layers.append(layer)
+    calls = tuple(_plainly(call) if call.layer in replaced else call for call in source.graph.calls)
+    return replace(source, graph=replace(source.graph, layers=tuple(layers), calls=calls))
+
+
+def _plainly(call: Call) -> Call:
+    """A call without the `mask=None` that every Lambda is recorded with, and that few layers take."""
+    kwargs = {key: value for key, value in call.arguments["kwargs"].items() if value is not None}
+    return replace(call, arguments={**call.arguments, "kwargs": kwargs})
 
 
 def _in_order(source: Source) -> Iterator[tuple[Weight, ...]]:
