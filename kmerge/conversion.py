@@ -16,6 +16,7 @@ from kmerge import live
 from kmerge.assembly import Assembly, assemble
 from kmerge.custom import registered_of, replacements_of
 from kmerge.dialects.reading import Dialect
+from kmerge.dialects.writing import parse_version
 from kmerge.engine import copy_tensor, merge_tensors
 from kmerge.errors import FormatError, OutputError
 from kmerge.graph import Layer, flatten
@@ -193,7 +194,11 @@ def _state_of(
         return None, []
     if legacy:
         dropped = "the state of the optimizer was dropped: current Keras cannot train on with one from an .h5 file"
-        return None, [f"{dropped}; a .keras file keeps it"] if source.optimizer() else []
+        try:
+            recorded = bool(source.optimizer())
+        except FormatError:
+            recorded = True
+        return None, [f"{dropped}; a .keras file keeps it"] if recorded else []
     return upgrade_state(source, upgraded, carried.get("optimizer"), again)
 
 
@@ -209,7 +214,7 @@ def _training_of(source: Source, upgraded: Upgraded) -> tuple[dict[str, Any] | N
         old.layer_of(first).name: new.layer_of(second).name
         for first, second in zip(flatten(old.outputs), flatten(new.outputs), strict=True)
     }
-    return upgrade_training(source.training, names)
+    return upgrade_training(source.training, names, parse_version(source.version) >= (3,))
 
 
 _VARIABLES = "optimizer/vars"

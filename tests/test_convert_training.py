@@ -203,6 +203,10 @@ def test_what_cannot_be_proved_is_dropped_with_a_word(tmp_path: Path) -> None:
     assert "is (8, 16), but what belongs to it is (2, 2)" in notes("k224_seq_mlp", adam, other)
     assert "the optimizer is another one now" in notes("k224_seq_mlp", trained_by("MyOwn"), few)
     assert "a .keras file keeps it" in notes("k224_seq_mlp", None, None, ".h5")
+    wrong = {**few, "Adam/iterations:0": np.float32("nan")}
+    assert "makes no sense (ValueError" in notes("k224_seq_mlp", adam, wrong)
+    unnamed = {"iteration:0": np.int64(1)} | {f"v{n}:0": np.zeros(1, "float32") for n in range(8)}
+    assert "other names than those that tf.keras gives" in notes("tfk215_seq_mlp", adam, unnamed)
     ftrl = {f"training/Ftrl/{n}:0": np.zeros(1, "float32") for n in range(9)}
     assert "dropped" in notes("k224_lstm", trained_by("Ftrl", lr=0.1), ftrl)
 
@@ -214,6 +218,34 @@ def test_an_optimizer_without_a_step_is_fresh(tmp_path: Path) -> None:
     fresh = type(model.optimizer).from_config(model.optimizer.get_config())
     fresh.build(model.trainable_variables)
     for mine, theirs in zip(model.optimizer.variables, fresh.variables, strict=True):
+        np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs))
+
+
+def test_a_schedule_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    old = tmp_path / "old.h5"
+    shutil.copy(LEGACY / "optimizers" / "sgd_old.h5", old)
+    decay = {"initial_learning_rate": 0.1, "decay_steps": 2, "decay_rate": 0.5, "staircase": False, "name": None}
+    rate = {"class_name": "ExponentialDecay", "config": decay}
+    edited(old, trained_by("SGD", learning_rate=rate, momentum=0.9, nesterov=True, decay=0.0))
+    assert kmerge.convert(old, tmp_path / "new.keras").notes == ()
+    optimizer = load(tmp_path / "new.keras").optimizer
+    assert float(optimizer.learning_rate) == pytest.approx(0.1 * 0.5 ** (3 / 2))
+    assert len(optimizer.variables) == 11  # no variable for the rate
+
+
+def test_an_optimizer_of_keras_3_is_taken_over_from_the_old_format(tmp_path: Path) -> None:
+    import keras
+
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    settings = {"learning_rate": 0.1, "gradient_accumulation_steps": 2}
+    model.compile(keras.optimizers.Lion(**settings), "mean_squared_error", run_eagerly=True)
+    x, y = np.ones((4, 3), "float32"), np.ones((4, 2), "float32")
+    for _ in range(3):
+        model.train_on_batch(x, y)
+    model.save(tmp_path / "old.h5")
+    assert kmerge.convert(tmp_path / "old.h5", tmp_path / "new.keras").notes == ()
+    again = load(tmp_path / "new.keras")
+    for mine, theirs in zip(again.optimizer.variables, model.optimizer.variables, strict=True):
         np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs))
 
 

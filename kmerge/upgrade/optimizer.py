@@ -120,7 +120,9 @@ def upgrade_state(
         return found, [nadam] if found.name.lower().startswith("nadam") and not _is_current(source) else []
     except (FormatError, _Lost) as error:
         reason = error.args[0] if isinstance(error, _Lost) else str(error).rstrip(".")
-        return None, [f"the state of the optimizer was dropped, and training goes on with a fresh one: {reason}"]
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        reason = f"what is recorded makes no sense ({type(error).__name__}: {error})"
+    return None, [f"the state of the optimizer was dropped, and training goes on with a fresh one: {reason}"]
 
 
 class _State:
@@ -185,6 +187,8 @@ class _State:
         while lead < min(2, len(recorded)) and recorded[lead][1].shape == () and self._leads(recorded[lead][0], lead):
             lead += 1
         steps = int(recorded[0][1].read()) if lead else 0
+        if steps < 0:
+            raise _Lost(f"it has taken {steps:,} steps")
         rest = list(recorded[lead:])
         if self.class_name == "Nadam" and self.current and rest:
             rest.pop()  # the product of its schedule
@@ -254,6 +258,9 @@ class _State:
     ) -> dict[str, list[Tensor]]:
         """Files without names: slot after slot before tf.keras 2.11, then weight by weight within a group."""
         if self.source.dialect is Dialect.KERAS2:
+            version = parse_version(self.source.version)
+            if version >= (2, 4) or (version >= (2, 2, 4) and self.source.version.endswith("-tf")):
+                raise _Lost("its variables have other names than those that tf.keras gives them")
             groups = [(slot,) for group in groups for slot in group]
         count = len(self.old)
         tensors = [tensor for _, tensor in rest]
@@ -295,7 +302,7 @@ class _State:
     def _schedule(self, steps: int) -> float:
         """The product that Nadam keeps of its schedule, which depends on the number of steps alone."""
         rate = float(self.config.get("beta_1", 0.9))
-        return float(np.prod(rate * (1.0 - 0.5 * 0.96 ** np.arange(1, steps + 1))))
+        return float(np.prod(rate * (1.0 - 0.5 * 0.96 ** np.arange(1, min(steps, 100_000) + 1))))
 
 
 def _number(like: Tensor, dtype: str, value: float) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kmerge.dialects.reading import MAX_DEPTH, MODEL_CLASSES, Dialect, has_graph
+from kmerge.graph import Layer
 from kmerge.source import Source
 from kmerge.upgrade import keras1
 from kmerge.upgrade.network import context_of
@@ -51,6 +52,8 @@ def refusals(source: Source) -> tuple[Refusal, ...]:
             add("names with a slash", layer.name)
         if context.theano and layer.class_name in _CONVOLUTIONS:
             add("Theano's convolutions read their kernels backwards", layer.name, True)
+        if context.theano and _pads_otherwise(layer):
+            add("pools whose padding Theano lays out otherwise", layer.name, True)
         if _channels_first(layer.class_name, layer.config):
             add("convolutions with channels first, which TensorFlow computes on few CPUs", layer.name)
     return tuple(Refusal(reason, tuple(filter(None, names)), silent) for (reason, silent), names in found.items())
@@ -66,6 +69,17 @@ _CONVOLUTIONS = (
     "Convolution2D",
     "Convolution3D",
 )
+
+
+def _pads_otherwise(layer: Layer) -> bool:
+    """Whether a pool is padded, and is not one of windows of 3 and steps of one, which comes out the same."""
+    config = layer.config
+    pads = "same" in (config.get("padding"), config.get("border_mode"))
+    if not pads or not layer.class_name.startswith(("MaxPooling", "AveragePooling")):
+        return False
+    sizes, steps = config.get("pool_size", config.get("pool_length")), config.get("strides", config.get("stride"))
+    alike = all(size in (1, 3) for size in (sizes if isinstance(sizes, list) else [sizes]))
+    return not alike or any(step != 1 for step in (steps if isinstance(steps, list) else [steps]))
 
 
 def _channels_first(class_name: str, config: Mapping[str, Any]) -> bool:

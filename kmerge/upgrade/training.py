@@ -77,6 +77,18 @@ _OPTIMIZERS = {
     "Ftrl": "learning_rate learning_rate_power initial_accumulator_value l1_regularization_strength "
     "l2_regularization_strength l2_shrinkage_regularization_strength beta",
 }
+_LATER = frozenset({*_OPTIMIZERS, "Adafactor", "Lamb", "Lion", "LossScaleOptimizer", "Muon"})
+"""Those of Keras 3, whose own settings need no change."""
+
+_RATE = "initial_learning_rate decay_steps"
+_SCHEDULES = {
+    "CosineDecay": f"{_RATE} alpha warmup_target warmup_steps",
+    "CosineDecayRestarts": "initial_learning_rate first_decay_steps t_mul m_mul alpha",
+    "ExponentialDecay": f"{_RATE} decay_rate staircase",
+    "InverseTimeDecay": f"{_RATE} decay_rate staircase",
+    "PiecewiseConstantDecay": "boundaries values",
+    "PolynomialDecay": f"{_RATE} end_learning_rate power cycle",
+}
 _CLIPPING = "clipnorm clipvalue global_clipnorm use_ema ema_momentum ema_overwrite_frequency"
 
 
@@ -84,12 +96,15 @@ class _Unknown(Exception):
     """Something that has no counterpart."""
 
 
-def upgrade_training(training: Any, names: Mapping[str, str]) -> tuple[dict[str, Any] | None, list[str]]:
+def upgrade_training(
+    training: Any, names: Mapping[str, str], current: bool = False
+) -> tuple[dict[str, Any] | None, list[str]]:
     """The `compile_config` of current Keras for an old file's `training_config`.
 
     Args:
         training: as recorded; None where the model was never compiled.
         names: the name that each output's layer has now, by the one it had.
+        current: whether Keras 3 wrote it.
 
     Returns:
         The configuration, None where there is none or it cannot be carried; and what was dropped.
@@ -104,7 +119,7 @@ def upgrade_training(training: Any, names: Mapping[str, str]) -> tuple[dict[str,
         return None, []
     notes = []
     try:
-        optimizer = _optimizer(training.get("optimizer_config") or training.get("optimizer"))
+        optimizer = _optimizer(training.get("optimizer_config") or training.get("optimizer"), current)
     except _Unknown as error:
         optimizer = "rmsprop"
         notes.append(f"the optimizer {error} is none of current Keras's: the default one (rmsprop) stands in for it")
@@ -187,11 +202,13 @@ _METRIC_CLASSES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _optimizer(value: Any) -> Any:
+def _optimizer(value: Any, current: bool) -> Any:
     if not isinstance(value, Mapping):
         return "rmsprop"
     name, config = str(value.get("class_name")).split(">")[-1], value.get("config")
     config = dict(config) if isinstance(config, Mapping) else {}
+    if current and name in _LATER:
+        return _entry("keras.optimizers", name, config)
     by_lower = {known.lower(): known for known in _OPTIMIZERS}
     known = by_lower.get(name.lower())
     if known is None:
@@ -199,7 +216,7 @@ def _optimizer(value: Any) -> Any:
     if "lr" in config:
         config["learning_rate"] = config.pop("lr")
     if not isinstance(config.get("learning_rate", 0.0), (int, float)):
-        raise _Unknown(f"'{name}' with a learning-rate schedule")
+        config["learning_rate"] = _schedule(name, config["learning_rate"])
     allowed = f"{_OPTIMIZERS[known]} {_CLIPPING}".split()
     settings = {key: item for key, item in config.items() if key in allowed and item is not None}
     if known == "Adagrad":  # before tf.keras it began at zero, without saying so
@@ -212,6 +229,15 @@ def _optimizer(value: Any) -> Any:
             {"initial_learning_rate": settings.get("learning_rate", 0.001), "decay_steps": 1, "decay_rate": decay},
         )
     return _entry("keras.optimizers", known, settings)
+
+
+def _schedule(optimizer: str, value: Any) -> Any:
+    name = str(value.get("class_name")).split(">")[-1] if isinstance(value, Mapping) else ""
+    config = value.get("config") if isinstance(value, Mapping) else None
+    if name not in _SCHEDULES or not isinstance(config, Mapping):
+        raise _Unknown(f"'{optimizer}' with a learning-rate schedule of its own")
+    settings = {key: config[key] for key in _SCHEDULES[name].split() if key in config}
+    return _entry("keras.optimizers.schedules", name, settings)
 
 
 def _entry(module: str, class_name: str, config: Mapping[str, Any]) -> dict[str, Any]:
