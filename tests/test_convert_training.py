@@ -23,7 +23,17 @@ from kmerge.store.derived import origins
 from kmerge.upgrade import upgrade
 
 LEGACY = Path(__file__).resolve().parent.parent / "fixtures" / "legacy"
-STATES = sorted(path.name for path in (LEGACY / "optimizers").iterdir() if path.suffix != ".npz")
+with zipfile.ZipFile(LEGACY / "optimizers.zip") as _archive:
+    STATES = [name for name in _archive.namelist() if not name.endswith(".npz")]
+
+
+@pytest.fixture(scope="module")
+def states(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of models with the state of their optimizers."""
+    folder = tmp_path_factory.mktemp("optimizers")
+    with zipfile.ZipFile(LEGACY / "optimizers.zip") as archive:
+        archive.extractall(folder)
+    return folder
 
 
 def load(path: Path) -> Any:
@@ -71,25 +81,25 @@ def trained_by(class_name: str, **settings: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", [name for name in STATES if "nadam" not in name])
-def test_training_goes_on_as_it_did_in_tf_keras(name: str, tmp_path: Path) -> None:
+def test_training_goes_on_as_it_did_in_tf_keras(name: str, states: Path, tmp_path: Path) -> None:
     """One more step gives the weights that tf.keras came to, with its own state, from the same rows."""
-    report = kmerge.convert(LEGACY / "optimizers" / name, tmp_path / "new.keras")
+    report = kmerge.convert(states / name, tmp_path / "new.keras")
     assert report.notes == ()
     model = load(tmp_path / "new.keras")
-    with np.load(LEGACY / "optimizers" / f"{name.partition('.')[0]}.npz") as data:
+    with np.load(states / f"{name.partition('.')[0]}.npz") as data:
         model.train_on_batch(data["x"], data["y"])
         assert int(model.optimizer.iterations) == 4
         for weight in model.weights:
             np.testing.assert_allclose(np.asarray(weight), data[weight.path], atol=1e-6, err_msg=weight.path)
 
 
-def test_nadam_keeps_its_moments_and_takes_up_todays_schedule(tmp_path: Path) -> None:
-    report = kmerge.convert(LEGACY / "optimizers" / "nadam_old.h5", tmp_path / "new.keras")
+def test_nadam_keeps_its_moments_and_takes_up_todays_schedule(states: Path, tmp_path: Path) -> None:
+    report = kmerge.convert(states / "nadam_old.h5", tmp_path / "new.keras")
     assert report.notes == ("Nadam has another schedule of its momentum today, and goes on with that",)
     optimizer = load(tmp_path / "new.keras").optimizer
     assert type(optimizer).__name__ == "Nadam"
     assert isinstance(optimizer.get_config()["learning_rate"], float)  # its `decay` is none of the learning rate
-    old = {name: value for name, value in named("nadam_old.h5").items() if name.count("/") == 3}
+    old = {name: value for name, value in named(states / "nadam_old.h5").items() if name.count("/") == 3}
     for slot, values in (("m", optimizer._momentums), ("v", optimizer._velocities)):
         for reference, value in zip(optimizer._trainable_variables, values, strict=True):
             np.testing.assert_array_equal(np.asarray(value), old[f"Nadam/{reference.path}/{slot}:0"])
@@ -97,8 +107,7 @@ def test_nadam_keeps_its_moments_and_takes_up_todays_schedule(tmp_path: Path) ->
     np.testing.assert_allclose(float(optimizer._u_product), steps, rtol=1e-6)
 
 
-def named(name: str) -> dict[str, np.ndarray]:
-    path = LEGACY / "optimizers" / name
+def named(path: Path) -> dict[str, np.ndarray]:
     with h5py.File(path) as file:
         names = [str(item) for item in file["optimizer_weights"].attrs["weight_names"]]
     return dict(zip(names, recorded_in(path), strict=True))
@@ -221,9 +230,9 @@ def test_an_optimizer_without_a_step_is_fresh(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs))
 
 
-def test_a_schedule_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_a_schedule_goes_on_where_it_stopped(states: Path, tmp_path: Path) -> None:
     old = tmp_path / "old.h5"
-    shutil.copy(LEGACY / "optimizers" / "sgd_old.h5", old)
+    shutil.copy(states / "sgd_old.h5", old)
     decay = {"initial_learning_rate": 0.1, "decay_steps": 2, "decay_rate": 0.5, "staircase": False, "name": None}
     rate = {"class_name": "ExponentialDecay", "config": decay}
     edited(old, trained_by("SGD", learning_rate=rate, momentum=0.9, nesterov=True, decay=0.0))
