@@ -279,7 +279,8 @@ def _no_gradients() -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
     import torch
 
-    return torch.no_grad()
+    found: contextlib.AbstractContextManager[Any] = torch.no_grad()
+    return found
 
 
 @dataclass(eq=False)
