@@ -23,7 +23,7 @@ from kmerge.engine import merge_tensors
 from kmerge.fuse import model as fuse_model
 from kmerge.fuse import ridge
 from kmerge.fuse.batches import UNSEEN, in_batches, share_unseen
-from kmerge.fuse.blend import FUNCTIONS, Sample, _metric, _Problem, blended, function_of
+from kmerge.fuse.blend import BY_OUTPUTS, FUNCTIONS, Sample, _metric, _Problem, blended, function_of
 from kmerge.fuse.clusters import cluster_units, distances
 from kmerge.fuse.model import Fusion, fuse_models
 from kmerge.fuse.pairing import assigned, correlations, transported, zipped
@@ -369,6 +369,17 @@ def test_every_source_counts_by_its_share_whatever_the_size_of_its_gradients() -
         assert [float(np.sum((found * covariance)[s : s + 2, s : s + 2])) for s in (0, 2)] == pytest.approx(
             [0.75, 0.25]
         )
+
+
+def test_errors_may_make_up_for_each_other_where_only_the_mean_of_the_outputs_matters() -> None:
+    """Both sources' outputs are the difference of their two units: what the mean of both sees is one direction of four."""
+    covariance = np.eye(4)
+    direction = np.array([1.0, -1.0, 1.0, -1.0])
+    found = _metric(covariance, [], np.outer(direction, direction), [0.5, 0.5], True)
+    assert found == pytest.approx(BY_OUTPUTS / 4 * np.outer(direction, direction))
+    assert np.array([1, 0, -1, 0]) @ found @ np.array([1, 0, -1, 0]) == pytest.approx(0)
+    apart = _metric(covariance, [], np.outer(direction, direction), [0.5, 0.5])
+    assert np.array([1, 0, -1, 0]) @ apart @ np.array([1, 0, -1, 0]) > 0.1
 
 
 def permuted_units(units: int = 6, rows: int = 4000) -> tuple[Frame, np.ndarray, Pair]:

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import layers
 
-from kmerge.calibration.network import Network, open_network, to_numpy
+from kmerge.calibration.network import Network, Tape, open_network, to_numpy
 from kmerge.calibration.slopes import slopes
 from kmerge.graph import Ref
 from kmerge.layout import lay_out
@@ -75,3 +75,26 @@ def test_what_the_outputs_do_not_depend_on_has_no_gradient(tmp_path: Path) -> No
         )
         assert np.any(found.pop(first[-2]))
         assert not any(np.any(gradient) for gradient in found.values())
+
+
+def test_a_tape_keeps_what_has_room_and_gives_the_same_whatever_it_keeps(tmp_path: Path) -> None:
+    """Hidden layers have 5 units and heads 3, of 2 networks and 4 rows: 160 and 96 bytes for each of 3 batches."""
+    with ExitStack() as stack:
+        network, _ = side_by_side(tmp_path, stack)
+        graph = network.merged.graph
+        dense = [n for n, call in enumerate(graph.calls) if graph.layers[call.layer].class_name == "Dense"]
+        wanted = [network.target(call) for call in dense]
+        batches = [(np.random.default_rng(n).standard_normal((4, 4)).astype(np.float32),) for n in range(3)]
+        expected = None
+        for budget, kept in ((0, 0), (3 * 48, 1), (3 * 96, 2), (3 * 96 + 3 * 80, 3), (10_000, 4)):
+            tape = Tape(network, batches, budget)
+            first = [[to_numpy(values[ref]) for ref in wanted] for values in tape.passes(wanted, wanted)]
+            assert [len(values) for values in tape._kept] == [kept] * 3
+            assert sum(to_numpy(value).nbytes for values in tape._kept for value in values.values()) <= budget
+            again = [[to_numpy(values[ref]) for ref in wanted] for values in tape.passes(wanted, ())]
+            assert not any(tape._kept)
+            expected = expected or first
+            for one, two, three in zip(first, again, expected, strict=True):
+                for a, b, c in zip(one, two, three, strict=True):
+                    np.testing.assert_array_equal(a, b)
+                    np.testing.assert_array_equal(a, c)

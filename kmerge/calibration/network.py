@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,8 +100,19 @@ class Network:
         }
         return {ref: value for ref, value in values.items() if ref in wanted or ref in read}
 
-    def run(self, values: dict[Ref, Any], wanted: Iterable[Ref]) -> None:
-        """Add the wanted tensors, and what they are made from, to the known ones."""
+    def run(self, values: dict[Ref, Any], wanted: Iterable[Ref], gradients: bool = False) -> None:
+        """Add the wanted tensors, and what they are made from, to the known ones.
+
+        Args:
+            values: known tensors, by where they stand.
+            wanted: which are to be known.
+            gradients: whether PyTorch is to remember how they came about; other backends remember only what a tape asks
+                for.
+        """
+        with contextlib.nullcontext() if gradients else _no_gradients():
+            self._run(values, wanted)
+
+    def _run(self, values: dict[Ref, Any], wanted: Iterable[Ref]) -> None:
         graph = self.merged.graph
         for call in self.needed(wanted, values):
             layer = graph.calls[call].layer
@@ -262,6 +274,15 @@ def _keras() -> Any:
     return keras
 
 
+def _no_gradients() -> contextlib.AbstractContextManager[Any]:
+    if _keras().backend.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    found: contextlib.AbstractContextManager[Any] = torch.no_grad()
+    return found
+
+
 @dataclass(eq=False)
 class Tape:
     """Values of a network on all batches of inputs, kept as far as memory allows and run again where it does not.
@@ -286,8 +307,10 @@ class Tape:
 
         Args:
             wanted: which.
-            remaining: what later passes will want: what it is made from is kept as far as there is memory.
+            remaining: what later passes will want: what it is made from is kept as far as there is memory, of each
+                batch as much, small tensors before large ones.
         """
+        done = 0
         for number, batch in enumerate(self.batches):
             values = self._kept[number]
             self._size -= _bytes(values)
@@ -296,11 +319,12 @@ class Tape:
                 values |= self.network.given(batch)
             self.network.run(values, wanted)
             yield values
-            kept = self.network.frontier(values, remaining)
+            room = min((self.budget - done) // (len(self.batches) - number), self.budget - self._size)
+            kept = _smallest(self.network.frontier(values, remaining), room)
             size = _bytes(kept)
-            if self._size + size <= self.budget:
-                self._size += size
-                self._kept[number] = kept
+            self._kept[number] = kept
+            self._size += size
+            done += size
 
     def inputs(self, number: int) -> list[Any]:
         """The network's inputs in one batch."""
@@ -324,6 +348,17 @@ def _tensor(array: Array) -> Any:
 def to_numpy(value: Any) -> Array:
     """A tensor of any backend as an array."""
     return np.asarray(_keras().ops.convert_to_numpy(value))
+
+
+def _smallest(values: Mapping[Ref, Any], room: int) -> dict[Ref, Any]:
+    """As many of the tensors as have room, in bytes, the smallest first."""
+    found: dict[Ref, Any] = {}
+    for ref, value in sorted(values.items(), key=lambda item: _bytes(dict([item]))):
+        room -= _bytes({ref: value})
+        if room < 0:
+            break
+        found[ref] = value
+    return found
 
 
 def _bytes(values: Mapping[Ref, Any]) -> int:

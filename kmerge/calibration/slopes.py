@@ -50,18 +50,19 @@ def _run(
     """A forward pass in which every tensor of `at` is marked before anything reads it."""
     values = network.given(batch)
     for ref in at:
-        network.run(values, [ref])
+        network.run(values, [ref], gradients=True)
         values[ref] = mark(values[ref], ref)
         if ref.output == BEFORE:
             values[Ref(ref.call, 0)] = network.activation(network.merged.graph.calls[ref.call].layer)(values[ref])
-    network.run(values, outputs)
+    network.run(values, outputs, gradients=True)
     return values
 
 
 def _total(values: Mapping[Ref, Any], outputs: Sequence[Ref], weights: Mapping[Ref, Array]) -> Any:
     import keras
 
-    return sum(keras.ops.sum(values[ref] * weights[ref].astype(np.float32)) for ref in outputs)
+    convert = keras.ops.convert_to_tensor
+    return sum(keras.ops.sum(values[ref] * convert(weights[ref].astype(np.float32))) for ref in outputs)
 
 
 def _tensorflow(

@@ -92,11 +92,13 @@ class Sample:
         function: the activation.
         slopes: mean products of the gradients of the sources' outputs with the units' activations, shape
             (sources * units,) squared; None where they are not known.
+        together: whether only the mean of the sources' outputs matters.
     """
 
     rows: Array
     function: Function
     slopes: Array | None = None
+    together: bool = False
 
     def thinned(self, rows: int) -> Sample:
         """About that many of the rows, from all over them."""
@@ -141,7 +143,7 @@ class _Problem:
             values = sample.rows.astype(np.float32)
             active = sample.function[0](values)
             covariance = np.cov(active.T.astype(np.float64), bias=True)
-            metric = _metric(covariance, readers, sample.slopes, shares)
+            metric = _metric(covariance, readers, sample.slopes, shares, sample.together)
             eigenvalues, vectors = np.linalg.eigh(metric)
             kept = eigenvalues > 1e-6 * max(float(eigenvalues[-1]), 1e-300)
             root = vectors[:, kept] * np.sqrt(eigenvalues[kept])
@@ -204,11 +206,16 @@ class _Problem:
 
 
 def _metric(
-    covariance: Array, readers: Sequence[tuple[int, Array]], slopes: Array | None, shares: Sequence[float]
+    covariance: Array,
+    readers: Sequence[tuple[int, Array]],
+    slopes: Array | None,
+    shares: Sequence[float],
+    together: bool = False,
 ) -> Array:
     """How errors count: by what the layers behind read, and by what becomes of that at the sources' outputs.
 
-    Every source counts by its share, whatever the size of its weights and gradients.
+    Every source counts by its share, whatever the size of its weights and gradients. Where only the mean of their
+    outputs matters, errors in one may make up for those in another.
     """
     size = len(covariance) // len(shares)
     metric, told = np.zeros((len(covariance),) * 2), np.zeros(len(shares))
@@ -219,6 +226,12 @@ def _metric(
             told[source] += 1
     if slopes is None:
         return metric
+    if together:
+        factor = np.repeat(shares, size)
+        slopes = slopes * np.outer(factor, factor)
+        energy = float(np.sum(slopes * covariance))
+        metric *= np.repeat((1 - BY_OUTPUTS) / np.maximum(told, 1), size)
+        return metric + (BY_OUTPUTS / energy * slopes if energy > 0 else 0.0)
     for source, share in enumerate(shares):
         own = slice(source * size, (source + 1) * size)
         energy = float(np.sum(slopes[own, own] * covariance[own, own]))

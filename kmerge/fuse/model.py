@@ -180,6 +180,7 @@ class _Run:
         self.log: list[str] = []
         self._matters: Sensitivities = {}
         self._opening = (folder, custom_objects, trusted)
+        self.together = plan.outputs == "mean"
         self.method = next((layer.method for layer in plan.layers if layer.method), plan.method)
         given = next((layer.options for layer in plan.layers if layer.method), plan.options)
         self.options = {**METHODS[self.method].options, **given}
@@ -275,7 +276,7 @@ class _Run:
             self._tell_width(context, free, changing)
         loose = [n for n, space in enumerate(frame.spaces) if ours[n] and not space.fixed and n not in free]
         self.notes += unmatched(context, loose)
-        self._matters = sensitivities(context, seen) if self.method == "fuse" and free else {}
+        self._matters = sensitivities(context, seen, self.together) if self.method == "fuse" and free else {}
         context.pairs = [
             self._paired(context, seen, number, moments[number], scaled.get(number, False), number in whole)
             if number in free
@@ -291,7 +292,7 @@ class _Run:
             return selected(frame, number, moments, context.shares)
         if self.method == "fuse":
             pair = clustered(frame, number, moments, scaled, context.rng, context.shares)
-            samples = samples_of(context, seen, number, moments, self._matters)
+            samples = samples_of(context, seen, number, moments, self._matters, self.together)
             return pair if samples is None else blended(frame, number, samples, pair, context.shares)
         likeness = correlations(moments.total, moments.products, moments.count)
         if self.method == "zip":

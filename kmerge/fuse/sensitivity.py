@@ -12,7 +12,7 @@ from kmerge.fuse.context import Context, Site, Task
 from kmerge.graph import Ref, refs
 from kmerge.methods.registry import Array
 
-INPUTS = 256
+INPUTS = 128
 """Inputs whose gradients are taken."""
 _AT_ONCE = 16
 _ACTIVATIONS = ("Activation", "Softmax", "ReLU", "LeakyReLU")
@@ -21,11 +21,17 @@ Sensitivities = Mapping[tuple[int, int], Array]
 """Mean products of gradients by (number of a site, space), shape (sources * units,) squared."""
 
 
-def sensitivities(context: Context, tasks: Sequence[Task]) -> Sensitivities:
+def sensitivities(context: Context, tasks: Sequence[Task], together: bool = False) -> Sensitivities:
     """How the sources' outputs, before a softmax, change with what their units give, behind the activation.
 
     Outputs are brought to one scale and summed up with random signs, so that mean products of gradients stand for all
     outputs alike (Hutchinson's estimate). Empty on a backend without gradients.
+
+    Args:
+        context: with pairs still to be found.
+        tasks: whose sites are looked at.
+        together: whether only the mean of all sources' outputs matters, so that their errors may cancel: the sources
+            give outputs of one shape.
     """
     sites: list[Site] = [site for task in tasks for site in task.sites() if site.averaged]
     numbers = [number for number, site in enumerate(site for task in tasks for site in task.sites()) if site.averaged]
@@ -33,11 +39,15 @@ def sensitivities(context: Context, tasks: Sequence[Task]) -> Sensitivities:
     behind = {ref: _behind(context, ref) for site in sites for ref in site.tensors}
     outputs = _outputs(context)
     spreads: dict[Ref, float] = {}
+    drawn: dict[Ref | None, Array] = {}
 
     def weigh(ref: Ref, values: Array) -> Array:
         if ref not in spreads:
             spreads[ref] = max(float(values.std(axis=0).max()), 1e-6 * float(np.abs(values).max()) + 1e-12)
-        signs = rng.choice([-1.0, 1.0], values.shape) / spreads[ref]
+        key = ref if not together else None
+        if key not in drawn:
+            drawn[key] = rng.choice([-1.0, 1.0], values.shape)
+        signs = drawn[key] / spreads[ref]
         if outputs[ref]:  # a softmax does not see what all its inputs have in common
             signs -= signs.mean(axis=-1, keepdims=True)
         return np.asarray(signs)
@@ -50,6 +60,7 @@ def sensitivities(context: Context, tasks: Sequence[Task]) -> Sensitivities:
                 return sums
             part = tuple(array[start : start + _AT_ONCE] for array in batch)
             seen += len(part[0])
+            drawn.clear()
             found = slopes(context.every, part, list(outputs), list(behind.values()), weigh)
             for number, site in zip(numbers, sites, strict=True):
                 if all(behind[ref] in found for ref in site.tensors):

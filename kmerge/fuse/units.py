@@ -49,8 +49,9 @@ def unit_moments(context: Context, tasks: Sequence[Task]) -> dict[int, Moments]:
     """One pass of the sources over all inputs: moments of every space that can be seen."""
     sites: list[Site] = [site for task in tasks for site in task.sites()]
     wanted = tuple(dict.fromkeys(ref for site in sites for ref in site.tensors))
+    later = frozenset(ref for task in tasks for ref in task.sees)
     result: dict[int, Moments] = {}
-    for batch, values in zip(context.source_tape.batches, context.source_tape.passes(wanted, ()), strict=True):
+    for batch, values in zip(context.source_tape.batches, context.source_tape.passes(wanted, later), strict=True):
         part = SAMPLE * len(batch[0]) / context.examples
         for number, site in enumerate(sites):
             for space, rows in site.views(values, ROWS / context.examples, context.rng):
@@ -63,7 +64,12 @@ def unit_moments(context: Context, tasks: Sequence[Task]) -> dict[int, Moments]:
 
 
 def samples_of(
-    context: Context, tasks: Sequence[Task], number: int, moments: Moments, matters: Sensitivities
+    context: Context,
+    tasks: Sequence[Task],
+    number: int,
+    moments: Moments,
+    matters: Sensitivities,
+    together: bool = False,
 ) -> list[Sample] | None:
     """Sampled rows of each site of a space with the activation that follows; None where one is not known."""
     sites = [site for task in tasks for site in task.sites()]
@@ -74,7 +80,7 @@ def samples_of(
             return None
         values = np.concatenate(rows)
         if len(values) >= 2 * values.shape[1]:  # with fewer, what follows from blends follows by chance
-            found.append(Sample(values, next(iter(functions.values())), matters.get((place, number))))
+            found.append(Sample(values, next(iter(functions.values())), matters.get((place, number)), together))
     return found
 
 
