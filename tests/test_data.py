@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kmerge.data import Batch, Dataset, Entry, Reading, entries, open_dataset, open_parts
+from kmerge.data import Batch, Dataset, Entry, Reading, entries, open_dataset, open_parts, row_digests
 from kmerge.data import columns as columns_module
 from kmerge.data import streams as streams_module
 from kmerge.data.records import _checksum
@@ -602,3 +602,59 @@ def test_data_of_other_libraries(library: str) -> None:
 def test_entries_tell_whether_a_network_rescales_by_itself(fixtures_dir: Path) -> None:
     entry = entries(open_source(fixtures_dir / "cnn_a.keras"))[0]
     assert (entry.shape, entry.scaled) == ((None, 8, 8, 1), False)
+
+
+# ---- rows told by what they hold
+
+
+def shuffling(data: list[np.ndarray]) -> Any:
+    """Batches that come in another order in each pass, as of a PyTorch loader with shuffle=True."""
+    random = np.random.default_rng(0)
+
+    def source() -> Iterator[np.ndarray]:
+        rows = random.permutation(np.concatenate(data))
+        return iter(np.split(rows, range(50, len(rows), 50)))
+
+    return source
+
+
+def test_rows_that_are_held_back_stay_so_where_the_source_shuffles_by_itself() -> None:
+    used, held = opened(shuffling([np.arange(3000, dtype=np.float32).reshape(1000, 3)])).split(0.2, 0)
+    first, second = (set(rows_of(held)) for _ in range(2))
+    assert first == second
+    assert 150 < len(first) < 250
+    for seed in (None, 1):
+        assert set(rows_of(used, seed=seed)) == set(range(1000)) - first
+    assert set(rows_of(opened(shuffling([X])).split(0.5, 1)[1])) != set(rows_of(opened(shuffling([X])).split(0.5, 2)[1]))
+
+
+def test_rows_that_are_others_in_each_pass_cannot_be_held_back() -> None:
+    random = np.random.default_rng(0)
+    used, held = opened(lambda: iter([random.normal(size=(50, 3)) for _ in range(4)])).split(0.2, 0)
+    list(used.batches(16))
+    with pytest.raises(DataError, match=r"other rows in each pass.*--validation-split 0"):
+        list(held.batches(16))
+    # A loader that leaves out its last rows, which are others each time, has the same rows all the same.
+    rows = 3 * np.repeat(np.arange(200.0), 3).reshape(200, 3)
+    used, held = opened(lambda: iter(np.split(random.permutation(rows), 8)[:7])).split(0.2, 0)
+    assert not set(rows_of(used)) & set(rows_of(held))
+
+
+def test_text_and_numbers_both_tell_a_row() -> None:
+    texts = np.array(["a", "ab", "a"], object)
+    first = row_digests((texts, np.array([1, 1, 1])))
+    assert first[0] == first[2] != first[1]
+    assert (row_digests((texts, np.array([1, 1, 2])))[:2] == first[:2]).all()
+    assert row_digests((texts, np.array([1, 1, 2])))[2] != first[2]
+    split = row_digests((np.array([["a", "bc"]], object),)), row_digests((np.array([["ab", "c"]], object),))
+    assert split[0][0] != split[1][0]
+
+
+def test_shuffling_changes_no_array_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams_module, "BUFFER", 5)
+    labels = Y.copy()
+    batches = [(X[start : start + 5], labels[start : start + 5]) for start in range(0, 20, 5)]
+    for seed in range(3):
+        batch = whole(opened(batches), 5, seed=seed)
+        np.testing.assert_array_equal(batch.inputs[0][:, 0], 3 * batch.targets["a"])
+    np.testing.assert_array_equal(labels, Y)
