@@ -625,7 +625,9 @@ def test_rows_that_are_held_back_stay_so_where_the_source_shuffles_by_itself() -
     assert 150 < len(first) < 250
     for seed in (None, 1):
         assert set(rows_of(used, seed=seed)) == set(range(1000)) - first
-    assert set(rows_of(opened(shuffling([X])).split(0.5, 1)[1])) != set(rows_of(opened(shuffling([X])).split(0.5, 2)[1]))
+    assert set(rows_of(opened(shuffling([X])).split(0.5, 1)[1])) != set(
+        rows_of(opened(shuffling([X])).split(0.5, 2)[1])
+    )
 
 
 def test_rows_that_are_others_in_each_pass_cannot_be_held_back() -> None:

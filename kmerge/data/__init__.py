@@ -17,4 +17,15 @@ from kmerge.data.entries import Entry, entries
 from kmerge.data.names import Names
 from kmerge.data.opening import Reading, open_dataset, open_parts
 
-__all__ = ["Batch", "Dataset", "Entry", "Names", "Reading", "entries", "generator", "open_dataset", "open_parts", "row_digests"]
+__all__ = [
+    "Batch",
+    "Dataset",
+    "Entry",
+    "Names",
+    "Reading",
+    "entries",
+    "generator",
+    "open_dataset",
+    "open_parts",
+    "row_digests",
+]

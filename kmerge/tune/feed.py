@@ -14,7 +14,7 @@ from kmerge.data import Batch
 from kmerge.errors import DataError
 from kmerge.methods.registry import Array
 from kmerge.tune.processes import Processes
-from kmerge.tune.teachers import Passes
+from kmerge.tune.teachers import Passes, Streamed
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class Part:
 
 
 def count_rows(data: Passes) -> int:
-    """How many rows a data set has, by a pass where it does not say."""
+    """How many rows a data set has, by a pass where it does not say; no teacher is asked for that."""
+    data = data.data if isinstance(data, Streamed) else data
     return data.rows if data.rows is not None else sum(len(batch.inputs[0]) for batch in data.batches(256))
 
 

@@ -29,8 +29,9 @@ from kmerge.tune.processes import processes
 from kmerge.tune.recorded import losses_of, metrics_of
 from kmerge.tune.result import Tuning
 from kmerge.tune.settings import Settings
+from kmerge.tune.stored import Budget
 from kmerge.tune.student import make_student
-from kmerge.tune.teachers import Passes, make_teachers, spread, taught
+from kmerge.tune.teachers import Passes, Taught, make_teachers, spread, taught
 from kmerge.tune.workers import Workers, measured, predicted
 
 EPOCHS, BATCH = 12, 64
@@ -161,6 +162,11 @@ class _Run:
             return {"": _split_apart(whole, share, seed, *drawn)}
         return {label: part.split(share, seed) if share else (part, None) for label, part in opened.items()}
 
+    def _is_half_over(self) -> bool:
+        """Whether half of the time that there is has passed."""
+        minutes = self.settings.minutes
+        return minutes is not None and time.perf_counter() - self.started > 30 * minutes
+
     def _teachers(self, models: Mapping[str, Any]) -> Any:
         settings, ends = self.settings, self.subject.trunk_ends or {}
         if settings.features and not ends:
@@ -170,15 +176,14 @@ class _Run:
             )
         features = {label: ends[label] for label in models if label in ends} if settings.features else {}
         teachers = make_teachers(models, self.heads, self.shapes, features, self.processes)
-        taught_sets: dict[str, tuple[Passes, Passes | None]] = {}
+        budget, late = Budget(settings.cache), self._is_half_over
+        self.taught: dict[str, Taught] = {}
         for number, (label, (train, held)) in enumerate(self.sets.items()):
             places = [self.folder / f"{name}_{number}" for name in ("train", "held")]
-            limit, seed = settings.cache, settings.seed
-            taught_sets[label] = (
-                taught(train, teachers, places[0], limit, seed),
-                None if held is None else taught(held, teachers, places[1], limit, seed),
-            )
-        self.sets = taught_sets
+            # What is held back comes first, for it is read in every epoch.
+            kept = None if held is None else taught(held, teachers, places[1], budget, settings.seed, late)
+            self.taught[label] = taught(train, teachers, places[0], budget, settings.seed, late)
+            self.sets[label] = self.taught[label], kept
         return teachers
 
     # ---------------------------------------------------------------------------------------------------- the model
@@ -230,7 +235,7 @@ class _Run:
         """Logits and features as outputs, with a loss for each."""
         settings = self.settings
         temperature = TEMPERATURE if settings.temperature is None else settings.temperature
-        spreads = [spread(self.teachers, train, settings.seed) for train, _ in self.sets.values()]
+        spreads = [spread(train, settings.seed) for train in self.taught.values()]
         scale = {name: float(np.mean([found[name] for found in spreads])) for name in spreads[0]}
         outputs = {head.name: logits_of(tensors[head.name]) for head in self.heads}
         losses = {h.name: distilled_loss(h.ending, temperature, scale[h.name]) for h in self.heads}
