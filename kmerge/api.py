@@ -374,6 +374,7 @@ def fine_tune(
         cache=cache,
         checkpoints=None if checkpoints is None else Path(checkpoints),
         resume=resume,
+        force=force,
         every=every,
         tensorboard=None if tensorboard is None else Path(tensorboard),
         mixed_precision=mixed_precision,

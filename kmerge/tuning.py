@@ -101,12 +101,15 @@ def _teachers(
     given = listed(teachers)
     values = list(given.values()) if isinstance(given, Mapping) else list(given)
     known = list(labels or (Plan.from_dict(stored["plan"]).labels if stored else ()))
+    added = [] if labels else added_labels(stored)  # their sources may teach, too
     if isinstance(given, Mapping):
         names = [str(key) for key in given]
     else:
         names = unique_labels([str(value.name) if live.is_model(value) else stem(value) for value in values])
-        if set(names) != set(known) and len(values) == len(known):
-            names = known
+        for expected in (known, [*known, *added]):
+            if not set(known) <= set(names) and len(values) == len(expected):
+                names = expected
+    known += [label for label in added if label in names]
     if known and set(names) != set(known):
         raise PlanError(
             f"The teachers are {', '.join(names)}, but the heads of the model are {', '.join(known)}: give one source "
@@ -142,8 +145,6 @@ def _subject(
     if plan:
         training |= {facts.label: facts.training for facts in plan.sources if facts.training is not None}
     training |= {label: teacher.training for label, teacher in teachers.items() if teacher.training is not None}
-    if not names and isinstance(source.training, Mapping):
-        training = _Any(source.training)
     wanted = entries(source)
     copies = 1
     if plan is not None and plan.inputs == "separate":
@@ -166,7 +167,8 @@ def _subject(
         if shared:
             end = shared[-1].name
             ends = {label: str(name) for label, name in zip(plan.labels, shared[-1].layers, strict=True)}
-    return Subject(copy, wanted, copies, names, roles, training, ends, end, _calibrated(plan))
+    itself = source.training if isinstance(source.training, Mapping) and not names else None
+    return Subject(copy, wanted, copies, names, roles, training, ends, end, itself, _calibrated(plan))
 
 
 def added_labels(stored: Mapping[str, Any] | None) -> list[str]:
@@ -177,17 +179,6 @@ def added_labels(stored: Mapping[str, Any] | None) -> list[str]:
         str(item["source"]) for item in stored["layers"].values() if isinstance(item, Mapping) and "source" in item
     ]
     return [label for label in dict.fromkeys(sources) if label not in Plan.from_dict(stored["plan"]).labels]
-
-
-class _Any(dict[str, Any]):
-    """One training configuration for every head, by the name of its output."""
-
-    def __init__(self, training: Mapping[str, Any]) -> None:
-        super().__init__()
-        self._training = training
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return _own_training(self._training, key)
 
 
 def _own_training(training: Any, label: str) -> Any:

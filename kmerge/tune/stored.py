@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -86,14 +86,8 @@ class Store:
         """All rows, by name, as they can be read in any order."""
         return {name: column.read(self.rows) for name, column in self._columns.items()}
 
-    def close(self) -> None:
-        """No more rows are added."""
-        for column in self._columns.values():
-            column.close()
-
     def remove(self) -> None:
         """Give back what they take."""
-        self.close()
         for column in self._columns.values():
             column.remove()
         self._budget.left += self._taken
@@ -105,7 +99,9 @@ class _Numbers:
     path: Path
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    file: IO[bytes] | None = None
+
+    def __post_init__(self) -> None:
+        self.path.unlink(missing_ok=True)
 
     def check(self, array: Array) -> None:
         if (array.shape[1:], array.dtype) != (self.shape, self.dtype):
@@ -115,19 +111,12 @@ class _Numbers:
         return array.nbytes
 
     def append(self, array: Array) -> None:
-        if self.file is None:
-            self.file = self.path.open("wb")
-        self.file.write(np.ascontiguousarray(array).tobytes())
+        with self.path.open("ab") as file:
+            file.write(np.ascontiguousarray(array).tobytes())
 
     def read(self, rows: int) -> Rows:
-        if self.file is not None and not self.file.closed:
-            self.file.flush()
         shape = (rows, *self.shape)
         return np.memmap(self.path, self.dtype, "r", shape=shape) if math.prod(shape) else np.zeros(shape, self.dtype)
-
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -162,10 +151,6 @@ class _Texts:
 
     def read(self, rows: int) -> Rows:
         return _ReadTexts(self.bytes_.read(self.end), self.ends.read(rows * math.prod(self.shape)), self.shape, rows)
-
-    def close(self) -> None:
-        self.bytes_.close()
-        self.ends.close()
 
     def remove(self) -> None:
         self.bytes_.remove()

@@ -201,7 +201,6 @@ def _keep(data: Passes, teachers: Teachers, folder: Path, budget: Budget, late: 
     if not store.rows:
         raise PlanError("There are no rows to learn from.")
     columns = store.columns()
-    store.close()
     names = [name for group in teachers.names for name in group]
     inputs = tuple(columns[str(number)] for number in range(len(columns) - len(names)))
     return Kept(inputs, {name: columns[name] for name in names}, data.description)
