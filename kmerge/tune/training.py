@@ -440,6 +440,8 @@ class _Run:
             return max(known, planned)
         with self._working(train):
             fits = done + self._steps_that_fit(train, spent)
+        if settings.epochs and fits < planned:
+            self.notes.append(f"the time allows {fits:,} of {planned:,} steps")
         return max(known, min(planned, fits) if settings.epochs else fits)
 
     def _steps_that_fit(self, train: Feed, spent: float) -> int:
