@@ -69,6 +69,16 @@ def _one_or_each(_: click.Context, __: click.Parameter, values: Sequence[str]) -
     return named or (plain[0] if plain else None)
 
 
+def _each(_: click.Context, __: click.Parameter, values: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for value in values:
+        label, equals, rest = value.partition("=")
+        if not equals or not label or not rest:
+            raise click.BadParameter(f"'{value}' is no LABEL=COLUMN, such as cat=kind.")
+        found[label] = rest
+    return found
+
+
 def _loss_weights(_: click.Context, __: click.Parameter, value: str | None) -> Any:
     if value is None or value in _WEIGHTINGS:
         return value
@@ -126,6 +136,26 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
     "made-up inputs.",
 )
 @click.option(
+    "--columns",
+    metavar="A,B,...",
+    callback=_labels,
+    help="Of a table: the features, in the order of the training. By default all columns that are no labels.",
+)
+@click.option(
+    "--label-columns",
+    multiple=True,
+    metavar="LABEL=COLUMN",
+    callback=_each,
+    help="Of a table: the column with the labels of a head, beside y and y_LABEL. Repeatable.",
+)
+@click.option(
+    "--pixels",
+    nargs=2,
+    type=float,
+    metavar="BLACK WHITE",
+    help="Values of the pixels of image files. By default 0 255 where the model rescales them, else 0 1.",
+)
+@click.option(
     "--labels", metavar="A,B,...", callback=_labels, help="Labels of the heads, where the model does not hold them."
 )
 @click.option(
@@ -158,7 +188,7 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
     type=float,
     metavar="M",
     callback=_positive(),
-    help="Time after which training ends; without --epochs, as many passes as fit.",
+    help="Time from the call on after which training ends; without --epochs, as many passes as fit.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Rows per step. By default 64.")
 @click.option(
@@ -248,7 +278,7 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
     metavar="N",
     help="Of everything random: the same seed gives the same model.",
 )
-@click.option("--force", is_flag=True, help="Replace an existing output.")
+@click.option("--force", is_flag=True, help="Replace an existing output, and another training's checkpoint.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors (and JSON where asked for).")
 @json_option
 @debug_option
