@@ -4,7 +4,8 @@
     python benchmarks/distributed.py --engine tensorflow
 
 Prints JSON: the largest difference between the weights of two processes and of one, on the same global batches; what
-the other one says when one is killed; and the difference after all were started again with `resume`.
+the other one says when one is killed; and the difference after all were started again with `resume`. Ends with an error
+where a difference is beyond what rounding explains, or where the other one does not fail in words.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 SOURCES = {"low": "mlp_a.keras", "middle": "mlp_b.keras", "high": "mlp_c.keras"}
 EPOCHS = 3
+ROUNDING = 1e-4
+"""Difference of weights, as a share of the largest, that sums in another order explain."""
 
 
 def train(folder: Path, healing: bool, slow: bool, resume: bool) -> None:
@@ -151,6 +155,16 @@ def lost(engine: str, folder: Path, options: list[str]) -> dict[str, object]:
     }
 
 
+def check(result: dict[str, Any], scale: float) -> None:
+    """Hold what was found against what several processes have to keep to."""
+    for what in ("two processes against one", "resumed against one"):
+        if not result[what] <= ROUNDING * scale:
+            raise SystemExit(f"{what}: weights differ by {result[what]:.2g}, more than rounding explains")
+    lost = result["one lost"]
+    if not lost["exit status of the other"] or "resume" not in str(lost["what it said"]):
+        raise SystemExit(f"one lost: the other one did not end with an error that says how to go on: {lost}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--engine", choices=("jax", "tensorflow"), default="tensorflow")
@@ -185,6 +199,7 @@ def main() -> None:
         result["one lost"] = lost(arguments.engine, folders[2], options)
         result["resumed against one"] = difference(folders[0], folders[2])
         print(json.dumps(result, indent=2))
+        check(result, scale)
     return None
 
 

@@ -282,7 +282,7 @@ def fine_tune(
     validation_split: float = 0.1,
     patience: int | None = None,
     samples: int | None = None,
-    cache: int = 4 << 30,
+    cache: float = 4096,
     checkpoints: str | os.PathLike[str] | None = None,
     resume: bool = False,
     every: float = 60.0,
@@ -335,7 +335,7 @@ def fine_tune(
         validation_split: share of the rows to hold back.
         patience: epochs without a better state after which it ends.
         samples: how many inputs to make up.
-        cache: bytes on disk for inputs and what the teachers give on them.
+        cache: megabytes on disk for inputs and what the teachers give on them, at most.
         checkpoints: folder for the state of the training; with `resume` it goes on from there, and ends with the same
             weights as without the interruption (data that shuffle by themselves aside). The log of the epoch in which
             it was interrupted is of the rest of it.

@@ -260,7 +260,7 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
 @click.option("--samples", type=click.IntRange(min=8), metavar="N", help="How many inputs to make up. By default 4000.")
 @click.option(
     "--cache",
-    type=click.IntRange(min=0),
+    type=click.FloatRange(min=0),
     default=4096,
     metavar="MB",
     help="Disk for inputs and what the sources give on them.",
@@ -313,7 +313,6 @@ def finetune(ctx: click.Context, /, **given: Any) -> None:
         raise click.UsageError("There is nothing to learn from: give --data with labels, or the sources.", ctx)
     if given["resume"] and given["checkpoints"] is None:
         raise click.UsageError("--resume needs --checkpoints FOLDER.", ctx)
-    given["cache"] <<= 20
 
     from kmerge import api
     from kmerge.progress import terminal_bar

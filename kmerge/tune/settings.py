@@ -45,7 +45,7 @@ class Settings:
         validation_split: share of the rows that is held back.
         patience: epochs without a better state after which training ends.
         samples: how many inputs to make up where none are given.
-        cache: bytes on disk for what the teachers gave.
+        cache: megabytes on disk for inputs and what the teachers gave on them.
         checkpoints: folder to save the state of the training in, so that it can be resumed.
         resume: go on from there.
         force: replace the checkpoint of another training.
@@ -80,7 +80,7 @@ class Settings:
     validation_split: float = 0.1
     patience: int | None = None
     samples: int | None = None
-    cache: int = 4 << 30
+    cache: float = 4096
     checkpoints: Path | None = None
     resume: bool = False
     force: bool = False
@@ -101,7 +101,7 @@ class Settings:
         return self.loss_weights if isinstance(self.loss_weights, str) and self.loss_weights != "equal" else ""
 
 
-_WHOLE = {"epochs": 1, "batch_size": 1, "adapters": 1, "patience": 1, "samples": 8, "seed": 0, "cache": 0}
+_WHOLE = {"epochs": 1, "batch_size": 1, "adapters": 1, "patience": 1, "samples": 8, "seed": 0}
 _ABOVE = ("minutes", "learning_rate", "temperature", "trunk_rate", "layer_decay", "every")
 
 
@@ -120,6 +120,8 @@ def check_settings(settings: Settings) -> None:
         value = getattr(settings, name)
         if value is not None and (not _is_number(value) or not value > 0):
             raise PlanError(f"{name} is {value!r}: expected a number above 0.")
+    if not _is_number(settings.cache) or settings.cache < 0:
+        raise PlanError(f"cache is {settings.cache!r}: expected megabytes, at least 0.")
     for name in ("minutes", "learning_rate", "trunk_rate", "layer_decay"):
         if getattr(settings, name) == math.inf:
             raise PlanError(f"{name} is infinite: expected a number.")

@@ -189,7 +189,7 @@ class _Run:
             )
         features = {label: ends[label] for label in models if label in ends} if settings.features else {}
         teachers = make_teachers(models, self.heads, self.shapes, features, self.processes)
-        budget, late = Budget(settings.cache), self._is_half_over
+        budget, late = Budget(int(min(settings.cache * 2**20, 2**62))), self._is_half_over
         self.taught: dict[str, Taught] = {}
         for number, (label, (train, held)) in enumerate(self.sets.items()):
             places = [self.folder / f"{name}_{number}" for name in ("train", "held")]
