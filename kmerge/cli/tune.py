@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from kmerge.cli.program import debug_option, json_option, note, print_json, show, written
+from kmerge.cli.options import force_option, labels_option, quiet_option, say_all, seed_option
+from kmerge.cli.program import debug_option, json_option, print_json, show, written
 
 _WEIGHTINGS = ("equal", "uncertainty", "gradnorm", "pcgrad")
 
@@ -96,15 +97,6 @@ def _mix(_: click.Context, __: click.Parameter, values: Sequence[str]) -> dict[s
     return found or None
 
 
-def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    labels = tuple(label.strip() for label in value.split(","))
-    if not all(labels):
-        raise click.BadParameter(f"'{value}' has an empty label: give names with commas between them, such as cat,dog.")
-    return labels
-
-
 @click.command(short_help="Heal or train a merged model.")
 @click.argument("model", type=click.Path())
 @click.argument("sources", nargs=-1, type=click.Path(), metavar="[SOURCE...]")
@@ -125,9 +117,7 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
     "sources teach without. One file for all heads, or LABEL=FILE for each (repeatable). Without it, sources teach on "
     "made-up inputs.",
 )
-@click.option(
-    "--labels", metavar="A,B,...", callback=_labels, help="Labels of the heads, where the model does not hold them."
-)
+@labels_option("Labels of the heads, where the model does not hold them.")
 @click.option(
     "--train",
     metavar="all|heads|last:K",
@@ -241,15 +231,9 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint.")
 @click.option("--tensorboard", type=click.Path(), metavar="FOLDER", help="Write TensorBoard's logs there.")
 @click.option("--mixed-precision", is_flag=True, help="Compute in bfloat16; weights stay as they are.")
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    metavar="N",
-    help="Of everything random: the same seed gives the same model.",
-)
-@click.option("--force", is_flag=True, help="Replace an existing output.")
-@click.option("--quiet", is_flag=True, help="Print nothing but errors (and JSON where asked for).")
+@seed_option
+@force_option("Replace an existing output.")
+@quiet_option
 @json_option
 @debug_option
 @click.pass_context
@@ -297,10 +281,7 @@ def finetune(ctx: click.Context, /, **given: Any) -> None:
     assert tuning.output is not None
     written(tuning.output)
     if not quiet:
-        for message in tuning.notes:
-            note(message)
-        for message in tuning.warnings:
-            note(message, "warning")
+        say_all(tuning.notes, tuning.warnings)
     if as_json:
         print_json(tuning.to_dict())
     elif not quiet:
