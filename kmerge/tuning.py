@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from kmerge import live
+from kmerge.calibration.enrich import channels_first
 from kmerge.data import entries
 from kmerge.errors import PlanError
 from kmerge.graph import flatten
@@ -143,7 +144,10 @@ def _subject(
         if shared:
             end = shared[-1].name
             ends = {label: str(name) for label, name in zip(plan.labels, shared[-1].layers, strict=True)}
-    return Subject(copy, wanted, copies, names, roles, training, ends, end, _calibrated(plan))
+    graph = source_graph(next(iter(teachers.values()), source))
+    return Subject(
+        copy, wanted, copies, names, roles, training, ends, end, _calibrated(plan), frozenset(channels_first(graph))
+    )
 
 
 def added_labels(stored: Mapping[str, Any] | None) -> list[str]:

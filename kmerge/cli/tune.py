@@ -217,6 +217,13 @@ def _mix(_: click.Context, __: click.Parameter, values: Sequence[str]) -> dict[s
     help="Share of the rows that is held back, on which the best state is found.",
 )
 @click.option("--patience", type=click.IntRange(min=1), metavar="N", help="End after N epochs without a better state.")
+@click.option(
+    "--pairs",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Where sources teach, rows to make of pairs of the given ones, for each of them and pass. By default 3 of few "
+    "rows, none of 32,000.",
+)
 @click.option("--samples", type=click.IntRange(min=8), metavar="N", help="How many inputs to make up. By default 4000.")
 @click.option(
     "--cache",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +34,16 @@ class Passes(Protocol):
     def description(self) -> str: ...
 
     def batches(self, size: int, seed: int | None = None, start: int = 0) -> Iterator[Batch]: ...
+
+
+class Enriching(Passes, Protocol):
+    """Given rows, and made ones after them, of which each pass takes some."""
+
+    @property
+    def given(self) -> int: ...
+
+    @property
+    def taken(self) -> int: ...
 
 
 def features_name(label: str) -> str:
@@ -158,12 +168,19 @@ def spread(teachers: Teachers, data: Passes, seed: int) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------- what they taught
 
 
-def taught(data: Passes, teachers: Teachers, folder: Path, limit: int, seed: int) -> Passes:
+def taught(
+    data: Passes, teachers: Teachers, folder: Path, limit: int, seed: int, more: Enriching | None = None
+) -> Passes:
     """Data with what the teachers give as targets.
 
     Where rows and targets fit into `limit` bytes, both are kept on disk, so that each pass may have an order of its
-    own. Where they do not, passes have one order, and of it as many targets are kept as fit.
+    own; with `more`, rows made of pairs too. Where they do not, passes have one order, and of it as many targets are
+    kept as fit.
     """
+    if more is not None:
+        kept = _keep(more, teachers, folder, limit)
+        if kept is not None:
+            return replace(kept, given=more.given, taken=more.taken)
     kept = _keep(data, teachers, folder, limit)
     return kept if kept is not None else Streamed(data, teachers, folder, limit, seed)
 
@@ -203,25 +220,45 @@ def _in_memory(data: Passes, teachers: Teachers) -> Kept:
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """Rows and targets that can be read in any order."""
+    """Rows and targets that can be read in any order.
+
+    Attributes:
+        inputs, targets, description: of all rows.
+        given: how many of them, the first ones, are given; None for all.
+        taken: how many of the others each pass takes.
+    """
 
     inputs: tuple[Array, ...]
     targets: Mapping[str, Array]
     description: str
+    given: int | None = None
+    taken: int = 0
 
     @property
     def rows(self) -> int:
-        return len(self.inputs[0])
+        return len(self.inputs[0]) if self.given is None else self.given + self.taken
 
     def batches(self, size: int, seed: int | None = None, start: int = 0) -> Iterator[Batch]:
-        order = np.arange(self.rows) if seed is None else generator(seed, "pass").permutation(self.rows)
-        for first in range(start * size, self.rows, size):
+        """One pass: without a seed, the given rows in their order."""
+        order = self._order(seed)
+        for first in range(start * size, len(order), size):
             rows = order[first : first + size]
             yield Batch(
                 tuple(np.asarray(array[rows]) for array in self.inputs),
                 {name: np.asarray(array[rows]) for name, array in self.targets.items()},
                 {},
             )
+
+    def _order(self, seed: int | None) -> Array:
+        every = len(self.inputs[0])
+        given = every if self.given is None else self.given
+        if seed is None:
+            return np.arange(given)
+        random = generator(seed, "pass")
+        if given == every:
+            return random.permutation(every)
+        made = given + random.choice(every - given, self.taken, replace=False)
+        return random.permutation(np.concatenate([np.arange(given), made]))
 
 
 class _Store:

@@ -25,6 +25,7 @@ from kmerge.tune.heads import Head, heads_of, logits_of
 from kmerge.tune.keeper import Course, Watch, make_keeper, put_values, values_of
 from kmerge.tune.losses import distilled_loss, equal_decisions, is_sparse, masked_loss, masked_metric
 from kmerge.tune.moving import Plain, parts_of, rates, scaled_optimizer, set_moving
+from kmerge.tune.pairs import enriched
 from kmerge.tune.processes import processes
 from kmerge.tune.recorded import losses_of, metrics_of
 from kmerge.tune.result import Tuning
@@ -36,7 +37,7 @@ from kmerge.tune.workers import Workers, measured, predicted
 EPOCHS, BATCH = 12, 64
 STEPS, MOST_EPOCHS = 1000, 100
 """Fewer steps than these are made up for by more epochs."""
-RATE, GENTLE, PER_GAP = 1e-3, 2e-4, 2.5e-2
+RATE, GENTLE, PER_GAP = 1e-3, 1e-4, 1e-2
 """The learning rate, what it is at least in healing, and how it grows with what agreement lacks: a good start is soon
 undone by large steps, and a bad one needs them."""
 TEMPERATURE = 4.0
@@ -72,6 +73,8 @@ class Subject:
     trunk_end: str = ""
     calibrated: tuple[int, int] | None = None
     """Rows and seed of the calibration of a merge, where its inputs were given."""
+    channels_first: frozenset[int] = frozenset()
+    """Numbers of the inputs whose channels stand before their positions."""
 
 
 def tune(
@@ -174,8 +177,9 @@ class _Run:
         for number, (label, (train, held)) in enumerate(self.sets.items()):
             places = [self.folder / f"{name}_{number}" for name in ("train", "held")]
             limit, seed = settings.cache, settings.seed
+            more = enriched(train, settings.pairs, self.subject.channels_first, seed)
             taught_sets[label] = (
-                taught(train, teachers, places[0], limit, seed),
+                taught(train, teachers, places[0], limit, seed, more),
                 None if held is None else taught(held, teachers, places[1], limit, seed),
             )
         self.sets = taught_sets
