@@ -25,6 +25,8 @@ import numpy as np
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 SOURCES = {"low": "mlp_a.keras", "middle": "mlp_b.keras", "high": "mlp_c.keras"}
 EPOCHS = 3
+PATIENCE = 30.0
+"""Seconds that a TensorFlow worker waits for the others: longer than any of them takes between two steps."""
 
 
 def train(folder: Path, healing: bool, slow: bool, resume: bool) -> None:
@@ -77,7 +79,9 @@ def process(arguments: argparse.Namespace) -> None:
     os.environ["TF_CONFIG"] = json.dumps(cluster)
     import tensorflow as tf
 
-    with tf.distribute.MultiWorkerMirroredStrategy().scope():
+    # Without it, TensorFlow takes some two minutes to notice that a worker is lost.
+    impatient = tf.distribute.experimental.CommunicationOptions(timeout_seconds=PATIENCE)
+    with tf.distribute.MultiWorkerMirroredStrategy(communication_options=impatient).scope():
         train(*work)
     return None
 

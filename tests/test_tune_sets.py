@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,11 +172,11 @@ def test_tensorboard_is_told_what_heads_do(sources: dict[str, Any], tmp_path: Pa
 
     merged = kmerge.merge_models(sources, method="mean")
     tuning = kmerge.fine_tune(merged, rows(40, 5)[0], sources, epochs=2, tensorboard=tmp_path / "logs")
-    read = accumulators.EventAccumulator(str(tmp_path / "logs" / "train"), {"tensors": 0}).Reload()
 
-    def logged(name: str) -> Iterator[float]:
-        return (float(tf.make_ndarray(event.tensor_proto)) for event in read.Tensors(f"epoch_{name}"))
+    def logged(part: str, name: str) -> list[float]:
+        read = accumulators.EventAccumulator(str(tmp_path / "logs" / part), {"tensors": 0}).Reload()
+        return [float(tf.make_ndarray(event.tensor_proto)) for event in read.Tensors(f"epoch_{name}")]
 
-    assert {"epoch_val_loss", "epoch_a_loss", "epoch_val_b_agreement"} <= set(read.Tags()["tensors"])
-    for name in ("loss", "val_agreement"):
-        assert list(logged(name)) == pytest.approx(tuning.history[name], rel=1e-5)
+    for part, start in (("train", ""), ("validation", "val_")):
+        for name in ("loss", "a_loss", "b_agreement"):
+            assert logged(part, name) == pytest.approx(tuning.history[start + name], rel=1e-5)
