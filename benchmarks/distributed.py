@@ -144,14 +144,22 @@ def lost(engine: str, folder: Path, options: list[str]) -> dict[str, object]:
         time.sleep(0.1)
     running[1].send_signal(signal.SIGKILL)
     begun = time.perf_counter()
-    text, _ = running[0].communicate(timeout=300)
-    said = [line for line in text.splitlines() if "kmerge.errors" in line or "UNAVAILABLE" in line]
+    said = spoken = None
+    lines = []
+    assert running[0].stdout is not None
+    for line in running[0].stdout:  # until it ends
+        lines.append(line)
+        if said is None and line.startswith("kmerge.errors."):
+            said, spoken = line.strip(), time.perf_counter() - begun
+    running[0].wait()
+    ended = time.perf_counter() - begun
     running[1].communicate()
     finished(start(engine, folder, 2, "--resume", *options), "resumed")
     return {
-        "exit status of the other": running[0].returncode,
-        "seconds until then": round(time.perf_counter() - begun, 1),
-        "what it said": said[-1] if said else text[-600:],
+        "what the other one said": said or "".join(lines)[-600:],
+        "seconds until then": None if spoken is None else round(spoken, 1),
+        "its exit status": running[0].returncode,
+        "seconds until its end": round(ended, 1),
     }
 
 

@@ -19,7 +19,7 @@ from kmerge.errors import MergeError, PlanError
 from kmerge.live import one_line, quiet
 from kmerge.methods.registry import Array
 from kmerge.progress import Progress
-from kmerge.tune.checkpoint import fingerprint, forget, load_state
+from kmerge.tune.checkpoint import NAME, fingerprint, forget, load_state
 from kmerge.tune.feed import Column, Feed, Part, count_rows, shares
 from kmerge.tune.heads import Head, heads_of, logits_of
 from kmerge.tune.keeper import Course, Watch, make_keeper, put_values, values_of
@@ -424,11 +424,16 @@ class _Run:
             if type(error).__module__.startswith("kmerge."):
                 raise
             if self.processes.count > 1:
-                raise MergeError(
-                    f"Process {self.processes.rank} of {self.processes.count} cannot go on, as when another is lost "
-                    f"({one_line(error)}): start all of them again, with resume where there are checkpoints."
-                ) from error
+                raise MergeError(self._lost(error)) from error
             raise MergeError(f"Keras cannot train the model: {one_line(error)}.") from error
+
+    def _lost(self, error: Exception) -> str:
+        """What to say where one process of several cannot go on."""
+        several, folder = self.processes, self.settings.checkpoints
+        what = f"Process {several.rank} of {several.count} cannot go on, as when another is lost ({one_line(error)})"
+        if folder is None:
+            return f"{what}: start all of them again; with --checkpoints FOLDER, a training can be resumed."
+        return f"{what}: start all of them again with resume, and they go on from '{folder / NAME}'."
 
     def _fit_epochs(self, train: Feed, course: Course, first: int, last: int, steps: int, callbacks: list[Any]) -> None:
         # Keras reads ahead, so that each fit begins a stream of its own.
