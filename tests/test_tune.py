@@ -177,7 +177,7 @@ def test_healing_wins_back_and_changes_nothing_that_is_given(
 ) -> None:
     before = (folder / "merged.keras").read_bytes()
     tuning = kmerge.fine_tune(
-        folder / "merged.keras", inputs, paths(fixtures_dir), epochs=20, output=tmp_path / "healed.keras"
+        folder / "merged.keras", inputs, paths(fixtures_dir), epochs=8, output=tmp_path / "healed.keras"
     )
     assert (folder / "merged.keras").read_bytes() == before
     assert mean(tuning.after) > mean(tuning.before) + 0.1

@@ -180,3 +180,12 @@ def test_tensorboard_is_told_what_heads_do(sources: dict[str, Any], tmp_path: Pa
     for part, start in (("train", ""), ("validation", "val_")):
         for name in ("loss", "a_loss", "b_agreement"):
             assert logged(part, name) == pytest.approx(tuning.history[start + name], rel=1e-5)
+
+
+def test_of_a_graph_error_what_happened_is_told() -> None:
+    from kmerge.live import one_line
+
+    stack = 'Detected at node x defined at (most recent call last):\n  File "a.py", line 1, in <module>\n'
+    text = f"Graph execution error:\n\n{stack}\nCollective ops is aborted by: a worker is gone\n\t [[{{node x}}]]"
+    assert one_line(RuntimeError(text)) == "Collective ops is aborted by: a worker is gone"
+    assert one_line(ValueError("one\ntwo.")) == "one two"
