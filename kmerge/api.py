@@ -281,6 +281,7 @@ def fine_tune(
     mix: Mapping[str, float] | None = None,
     validation_split: float = 0.1,
     patience: int | None = None,
+    pairs: int | None = None,
     samples: int | None = None,
     cache: float = 4096,
     checkpoints: str | os.PathLike[str] | None = None,
@@ -324,7 +325,7 @@ def fine_tune(
             as fit. More of them, with `resume`, let it go on.
         batch_size: rows of a batch, of all heads together; default 64.
         learning_rate: the highest; it rises over the first steps and falls along half a cosine. Default 0.001, and in
-            healing less where the start agrees well already, down to 0.0002.
+            healing less where the start agrees well already, down to 0.0001.
         optimizer: name or Keras optimizer; default Adam. The object that is given is not changed.
         temperature: of the distillation; default 4; infinity matches logits.
         features: weight of matching the features of each source's trunk, through a linear map of its own.
@@ -334,6 +335,8 @@ def fine_tune(
         mix: rows of a batch by head, as a ratio; default equal.
         validation_split: share of the rows to hold back.
         patience: epochs without a better state after which it ends.
+        pairs: where sources teach, rows made of pairs of the given ones for each of them and pass; default 3 where
+            there are few rows, none from 32,000 on.
         samples: how many inputs to make up.
         cache: megabytes on disk for inputs and what the teachers give on them, at most.
         checkpoints: folder for the state of the training; with `resume` it goes on from there, and ends with the same
@@ -379,6 +382,7 @@ def fine_tune(
         mix=mix,
         validation_split=validation_split,
         patience=patience,
+        pairs=pairs,
         samples=samples,
         cache=cache,
         checkpoints=None if checkpoints is None else Path(checkpoints),

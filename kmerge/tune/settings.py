@@ -32,7 +32,7 @@ class Settings:
         minutes: after which training ends; with it and without epochs, as many as fit.
         batch_size: rows per step, of all heads together; default 64.
         learning_rate: the highest; it rises over the first steps and falls to 0 along half a cosine. Default 0.001; in
-            healing less where the start agrees well, down to 0.0002.
+            healing less where the start agrees well, down to 0.0001.
         optimizer: name or Keras optimizer; default Adam. One that is given as an object keeps its own rate, unless
             learning_rate is given too.
         temperature: of the distillation, default 4; infinity matches logits.
@@ -44,6 +44,8 @@ class Settings:
         mix: rows of each batch by head, as a ratio; default equal.
         validation_split: share of the rows that is held back.
         patience: epochs without a better state after which training ends.
+        pairs: where sources teach, rows made of pairs of the given ones for each of them and pass; 0 for none. Default
+            3 where there are few rows, and none from 32,000 on.
         samples: how many inputs to make up where none are given.
         cache: megabytes on disk for inputs and what the teachers gave on them.
         checkpoints: folder to save the state of the training in, so that it can be resumed.
@@ -79,6 +81,7 @@ class Settings:
     mix: Mapping[str, float] | None = None
     validation_split: float = 0.1
     patience: int | None = None
+    pairs: int | None = None
     samples: int | None = None
     cache: float = 4096
     checkpoints: Path | None = None
@@ -101,7 +104,7 @@ class Settings:
         return self.loss_weights if isinstance(self.loss_weights, str) and self.loss_weights != "equal" else ""
 
 
-_WHOLE = {"epochs": 1, "batch_size": 1, "adapters": 1, "patience": 1, "samples": 8, "seed": 0}
+_WHOLE = {"epochs": 1, "batch_size": 1, "adapters": 1, "patience": 1, "samples": 8, "seed": 0, "pairs": 0}
 _ABOVE = ("minutes", "learning_rate", "temperature", "trunk_rate", "layer_decay", "every")
 
 
@@ -194,7 +197,7 @@ def check_heads(settings: Settings, labels: Sequence[str], names: Sequence[str],
     numbers = weights is not None and not isinstance(weights, (str, Mapping))
     if numbers and len(weights) != len(labels):
         raise PlanError(f"There are {len(weights)} loss weights for {len(labels)} heads: give one per head.")
-    idle = ("loss", "metrics") if healing else ("temperature", "features")
+    idle = ("loss", "metrics") if healing else ("temperature", "features", "pairs")
     for what in idle:
         if getattr(settings, what):
             other = "labels, and here the sources teach: leave it out, or leave the sources out"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
@@ -35,6 +35,16 @@ class Passes(Protocol):
     def description(self) -> str: ...
 
     def batches(self, size: int, seed: int | None = None, start: int = 0) -> Iterator[Batch]: ...
+
+
+class Enriching(Passes, Protocol):
+    """Given rows, and made ones after them, of which each pass takes some."""
+
+    @property
+    def given(self) -> int: ...
+
+    @property
+    def taken(self) -> int: ...
 
 
 def features_name(label: str) -> str:
@@ -171,20 +181,32 @@ class Taught(Passes, Protocol):
         """Rows to look at; as many as are asked for, of one pass."""
 
 
+Late = Callable[[float], bool]
+"""Whether a share of the time that there is has passed."""
+FOR_PAIRS, FOR_ROWS = 0.25, 0.5
+"""Share of the time that asking the teachers may take, with rows made of pairs and without."""
+
+
 def taught(
     data: Passes,
     teachers: Teachers,
     folder: Path,
     budget: Budget,
     seed: int,
-    late: Callable[[], bool] = lambda: False,
+    late: Late = lambda share: False,
+    more: Enriching | None = None,
 ) -> Taught:
     """Data with what the teachers give as targets.
 
-    Where rows and targets fit into the budget, both are kept on disk, so that each pass may have an order of its own.
-    Where they do not, or it gets late, the teachers are asked in each pass, but for as many rows as are kept.
+    Where rows and targets fit into the budget, both are kept on disk, so that each pass may have an order of its own;
+    with `more`, rows made of pairs too. Where they do not, or it gets late, the teachers are asked in each pass, but
+    for as many rows as are kept.
     """
-    kept = _keep(data, teachers, folder, budget, late)
+    if more is not None:
+        kept = _keep(more, teachers, folder, budget, lambda: late(FOR_PAIRS))
+        if kept is not None:
+            return replace(kept, given=more.given, taken=more.taken)
+    kept = _keep(data, teachers, folder, budget, lambda: late(FOR_ROWS))
     return kept if kept is not None else Streamed(data, teachers, folder, budget, seed)
 
 
@@ -208,19 +230,28 @@ def _keep(data: Passes, teachers: Teachers, folder: Path, budget: Budget, late: 
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """Rows and targets that can be read in any order."""
+    """Rows and targets that can be read in any order.
+
+    Attributes:
+        inputs, targets, description: of all rows.
+        given: how many of them, the first ones, are given; None for all.
+        taken: how many of the others each pass takes.
+    """
 
     inputs: tuple[Rows, ...]
     targets: Mapping[str, Rows]
     description: str
+    given: int | None = None
+    taken: int = 0
 
     @property
     def rows(self) -> int:
-        return len(self.inputs[0])
+        return len(self.inputs[0]) if self.given is None else self.given + self.taken
 
     def batches(self, size: int, seed: int | None = None, start: int = 0) -> Iterator[Batch]:
-        order = np.arange(self.rows) if seed is None else generator(seed, "pass").permutation(self.rows)
-        for first in range(start * size, self.rows, size):
+        """One pass: without a seed, the given rows in their order."""
+        order = self._order(seed)
+        for first in range(start * size, len(order), size):
             rows = order[first : first + size]
             yield Batch(
                 tuple(np.asarray(array[rows]) for array in self.inputs),
@@ -230,6 +261,17 @@ class Kept:
 
     def sample(self, size: int, seed: int) -> Iterator[Batch]:
         return self.batches(size, seed)
+
+    def _order(self, seed: int | None) -> Array:
+        every = len(self.inputs[0])
+        given = every if self.given is None else self.given
+        if seed is None:
+            return np.arange(given)
+        random = generator(seed, "pass")
+        if given == every:
+            return random.permutation(every)
+        made = given + random.choice(every - given, self.taken, replace=False)
+        return random.permutation(np.concatenate([np.arange(given), made]))
 
 
 @dataclass(eq=False)

@@ -19,13 +19,14 @@ from kmerge.errors import KmergeError, MergeError, PlanError
 from kmerge.live import one_line, quiet
 from kmerge.progress import Progress
 from kmerge.tune.agreeing import Agreeing, Loss
-from kmerge.tune.checkpoint import State, forget, load_state, locked
+from kmerge.tune.checkpoint import NAME, State, forget, load_state, locked
 from kmerge.tune.feed import Column, Feed, Part, column_of, count_rows, shares
 from kmerge.tune.heads import heads_of, logits_of
 from kmerge.tune.keeper import TIME_IS_UP, Course, Watch, make_keeper, put_values, values_of
 from kmerge.tune.losses import distilled_loss, equal_decisions, masked_loss, masked_metric
 from kmerge.tune.marking import mark_of
 from kmerge.tune.moving import Plain, parts_of, rates, scaled_optimizer, set_moving
+from kmerge.tune.pairs import enriched
 from kmerge.tune.processes import processes
 from kmerge.tune.recorded import losses_of, metrics_of, training_of
 from kmerge.tune.result import Tuning
@@ -38,7 +39,7 @@ from kmerge.tune.workers import Workers, measured, predicted
 EPOCHS, BATCH = 12, 64
 STEPS, MOST_EPOCHS = 1000, 100
 """Fewer steps than these are made up for by more epochs."""
-RATE, GENTLE, PER_GAP = 1e-3, 2e-4, 2.5e-2
+RATE, GENTLE, PER_GAP = 1e-3, 1e-4, 1e-2
 """The learning rate, what it is at least in healing, and how it grows with what agreement lacks: a good start is soon
 undone by large steps, and a bad one needs them."""
 TEMPERATURE = 4.0
@@ -76,6 +77,8 @@ class Subject:
     """Training configuration of the model itself, for heads whose source has none."""
     calibrated: tuple[int, int] | None = None
     """Rows and seed of the calibration of a merge, where its inputs were given."""
+    channels_first: frozenset[int] = frozenset()
+    """Numbers of the inputs whose channels stand before their positions."""
 
 
 def tune(
@@ -175,10 +178,10 @@ class _Run:
             return {"": _split_apart(whole, share, seed, *drawn)}
         return {label: part.split(share, seed) if share else (part, None) for label, part in opened.items()}
 
-    def _is_half_over(self) -> bool:
-        """Whether half of the time that there is has passed."""
+    def _is_late(self, share: float) -> bool:
+        """Whether a share of the time that there is has passed."""
         minutes = self.settings.minutes
-        return minutes is not None and time.perf_counter() - self.settings.started > 30 * minutes
+        return minutes is not None and time.perf_counter() - self.settings.started > 60 * minutes * share
 
     def _teachers(self, models: Mapping[str, Any]) -> Any:
         settings, ends = self.settings, self.subject.trunk_ends or {}
@@ -189,13 +192,14 @@ class _Run:
             )
         features = {label: ends[label] for label in models if label in ends} if settings.features else {}
         teachers = make_teachers(models, self.heads, self.shapes, features, self.processes)
-        budget, late = Budget(int(min(settings.cache * 2**20, 2**62))), self._is_half_over
+        budget, late = Budget(int(min(settings.cache * 2**20, 2**62))), self._is_late
         self.taught: dict[str, Taught] = {}
         for number, (label, (train, held)) in enumerate(self.sets.items()):
             places = [self.folder / f"{name}_{number}" for name in ("train", "held")]
             # What is held back comes first, for it is read in every epoch.
             kept = None if held is None else taught(held, teachers, places[1], budget, settings.seed, late)
-            self.taught[label] = taught(train, teachers, places[0], budget, settings.seed, late)
+            more = enriched(train, settings.pairs, self.subject.channels_first, settings.seed)
+            self.taught[label] = taught(train, teachers, places[0], budget, settings.seed, late, more)
             self.sets[label] = self.taught[label], kept
         return teachers
 
@@ -488,14 +492,19 @@ class _Run:
                 if feed.failure is not None:
                     raise feed.failure from None
             if self.processes.count > 1:
-                raise MergeError(
-                    f"Process {self.processes.rank} of {self.processes.count} cannot go on, as when another is lost "
-                    f"({one_line(error)}): start all of them again, with resume where there are checkpoints."
-                ) from error
+                raise MergeError(self._lost(error)) from error
             raise MergeError(
                 f"Keras cannot train the model: {one_line(error)}. Check that the labels are what the losses expect "
                 "(--loss), or give fewer rows per step (--batch-size) where memory is short."
             ) from error
+
+    def _lost(self, error: Exception) -> str:
+        """What to say where one process of several cannot go on."""
+        several, folder = self.processes, self.settings.checkpoints
+        what = f"Process {several.rank} of {several.count} cannot go on, as when another is lost ({one_line(error)})"
+        if folder is None:
+            return f"{what}: start all of them again; with --checkpoints FOLDER, a training can be resumed."
+        return f"{what}: start all of them again with resume, and they go on from '{folder / NAME}'."
 
     def _fit_epochs(self, train: Feed, course: Course, first: int, last: int, steps: int, callbacks: list[Any]) -> None:
         # Keras reads ahead, so that each fit begins a stream of its own.
