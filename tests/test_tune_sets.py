@@ -12,6 +12,7 @@ import kmerge
 from kmerge.data import Entry, open_dataset
 from kmerge.tune.feed import Column, Feed, Part
 from kmerge.tune.pairs import ENOUGH, POOL, enriched
+from kmerge.tune.stored import Budget
 from kmerge.tune.teachers import taught
 
 Array = np.ndarray[Any, Any]
@@ -59,14 +60,14 @@ def test_sets_of_different_sizes_take_turns() -> None:
     assert made.steps == 6
     stream = made.stream()
     batches = [next(stream) for _ in range(6)]
-    for number, (x, labels) in enumerate(batches):
+    for number, (x, labels, _) in enumerate(batches):
         own, other = ("a", "b") if number % 2 == 0 else ("b", "a")
         assert x.shape == (4, 5 if own == "a" else 7, 2)
         assert (labels[own] >= 0).all()
         assert (labels[other] == -1).all()
     for step in (1, 4):
         later = made.stream(step)
-        assert all(np.array_equal(next(later)[0], x) for x, _ in batches[step:])
+        assert all(np.array_equal(next(later)[0], x) for x, _, _ in batches[step:])
 
 
 def test_in_each_turn_one_head_learns(sources: dict[str, Any]) -> None:
@@ -130,7 +131,7 @@ def test_rows_made_of_pairs_are_taught_as_they_are_and_each_pass_has_all_given_o
     data = open_dataset(given, entry, ["a"])
     more = enriched(data, None, (), 5)
     assert more is not None
-    kept: Any = taught(data, Echo(), tmp_path / "all", 1 << 20, 0, more)  # type: ignore[arg-type]
+    kept: Any = taught(data, Echo(), tmp_path / "all", Budget(1 << 20), 0, more=more)  # type: ignore[arg-type]
     assert kept.rows == 80
     assert len(kept.inputs[0]) == 20 * (1 + POOL)
     assert np.array_equal(kept.inputs[0], kept.targets["a"])
@@ -149,8 +150,15 @@ def test_rows_made_of_pairs_are_taught_as_they_are_and_each_pass_has_all_given_o
     gaps = np.abs(lines.reshape(-1, 3)[None] - made[:30, None]).max(-1).min(1)
     assert gaps.max() < 5e-3
     # What does not fit is left out, and the given rows stay.
-    least: Any = taught(data, Echo(), tmp_path / "few", 20 * 24 + 1, 0, more)  # type: ignore[arg-type]
+    least: Any = taught(data, Echo(), tmp_path / "few", Budget(20 * 24 + 1), 0, more=more)  # type: ignore[arg-type]
     assert least.rows == 20
+    # Where it gets late, of the made rows those stay that there are.
+    turns = iter([False, True])
+    echo: Any = Echo()
+    hasty: Any = taught(data, echo, tmp_path / "late", Budget(1 << 20), 0, lambda share: next(turns), more)
+    assert len(hasty.inputs[0]) == 20 + 20
+    assert hasty.rows == 20 + 20
+    assert "with 20 more" in hasty.description
 
 
 def test_of_many_rows_none_are_made() -> None:

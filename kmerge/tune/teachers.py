@@ -181,8 +181,6 @@ class Taught(Passes, Protocol):
         """Rows to look at; as many as are asked for, of one pass."""
 
 
-Late = Callable[[float], bool]
-"""Whether a share of the time that there is has passed."""
 FOR_PAIRS, FOR_ROWS = 0.25, 0.5
 """Share of the time that asking the teachers may take, with rows made of pairs and without."""
 
@@ -193,7 +191,7 @@ def taught(
     folder: Path,
     budget: Budget,
     seed: int,
-    late: Late = lambda share: False,
+    late: Callable[[float], bool] = lambda share: False,
     more: Enriching | None = None,
 ) -> Taught:
     """Data with what the teachers give as targets.
@@ -201,23 +199,43 @@ def taught(
     Where rows and targets fit into the budget, both are kept on disk, so that each pass may have an order of its own;
     with `more`, rows made of pairs too. Where they do not, or it gets late, the teachers are asked in each pass, but
     for as many rows as are kept.
+
+    Args:
+        data: the rows.
+        teachers: who are asked.
+        folder: for what they give.
+        budget: how much of it is kept.
+        seed: of the order of data that are not kept.
+        late: whether a share of the time that there is has passed.
+        more: the same rows, and made ones after them.
     """
     if more is not None:
-        kept = _keep(more, teachers, folder, budget, lambda: late(FOR_PAIRS))
+        kept = _keep(more, teachers, folder, budget, lambda rows: rows >= more.given and late(FOR_PAIRS), True)
         if kept is not None:
-            return replace(kept, given=more.given, taken=more.taken)
-    kept = _keep(data, teachers, folder, budget, lambda: late(FOR_ROWS))
+            made = len(kept.inputs[0]) - more.given
+            told = f"{data.description}, with {made:,} more made of pairs of them" if made else data.description
+            return replace(kept, given=more.given, taken=min(more.taken, made), description=told)
+    # Fewer rows than their spread is told from are asked for in any case.
+    kept = _keep(data, teachers, folder, budget, lambda rows: rows >= SAMPLE and late(FOR_ROWS), False)
     return kept if kept is not None else Streamed(data, teachers, folder, budget, seed)
 
 
-def _keep(data: Passes, teachers: Teachers, folder: Path, budget: Budget, late: Callable[[], bool]) -> Kept | None:
+def _keep(
+    data: Passes, teachers: Teachers, folder: Path, budget: Budget, late: Callable[[int], bool], partly: bool
+) -> Kept | None:
+    """Rows and targets on disk; None where they do not fit, or it gets late and not even some of them would do."""
     store = Store(folder, budget)
     for batch in data.batches(BATCH):
         arrays = {**{f"{number}": array for number, array in enumerate(batch.inputs)}, **teachers.of(batch.inputs)}
         # Told by the first batch where the number of rows is known, so that the teachers are not asked in vain.
         per_row = sum(array.nbytes for array in arrays.values() if array.dtype.kind != "O") / batch.rows
         hopeless = not store.rows and (data.rows or 0) * per_row > budget.left
-        if hopeless or late() or not store.append(arrays):
+        if hopeless or not store.append(arrays):
+            store.remove()
+            return None
+        if late(store.rows) and store.rows != data.rows:
+            if partly:
+                break
             store.remove()
             return None
     if not store.rows:

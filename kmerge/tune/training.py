@@ -196,8 +196,8 @@ class _Run:
         self.taught: dict[str, Taught] = {}
         for number, (label, (train, held)) in enumerate(self.sets.items()):
             places = [self.folder / f"{name}_{number}" for name in ("train", "held")]
-            # What is held back comes first, for it is read in every epoch.
-            kept = None if held is None else taught(held, teachers, places[1], budget, settings.seed, late)
+            # What is held back comes first, for it is read in every epoch: however late it gets.
+            kept = None if held is None else taught(held, teachers, places[1], budget, settings.seed)
             more = enriched(train, settings.pairs, self.subject.channels_first, settings.seed)
             self.taught[label] = taught(train, teachers, places[0], budget, settings.seed, late, more)
             self.sets[label] = self.taught[label], kept
