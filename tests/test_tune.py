@@ -591,7 +591,7 @@ def test_time_patience_and_callbacks(folder: Path, fixtures_dir: Path, inputs: A
         paths(fixtures_dir),
         epochs=50,
         patience=2,
-        optimizer=keras.optimizers.SGD(1e-9),
+        optimizer=keras.optimizers.SGD(1e-15),
         callbacks=[Seen(), keras.callbacks.EarlyStopping("val_loss", patience=40)],
     )
     assert len(Seen.epochs) < 50
