@@ -48,9 +48,10 @@ def mark_of(
         "teachers": list(teachers),
         "rows": {label: [sample_of(part) for part in parts if part is not None] for label, parts in sets.items()},
     }
-    values = values_of(model.variables)
+    # Not all variables: where random layers stand is drawn anew whenever a model is opened.
+    values = values_of(model.weights)
     for teacher in teachers.values():
-        values += values_of(teacher.variables)
+        values += values_of(teacher.weights)
     return fingerprint(facts, values)
 
 
