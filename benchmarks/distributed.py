@@ -4,7 +4,8 @@
     python benchmarks/distributed.py --engine tensorflow
 
 Prints JSON: the largest difference between the weights of two processes and of one, on the same global batches; what
-the other one says when one is killed; and the difference after all were started again with `resume`.
+the other one says when one is killed; and the difference after all were started again with `resume`. Ends with an error
+where a difference is beyond what rounding explains, or where the other one does not fail in words.
 """
 
 from __future__ import annotations
@@ -19,12 +20,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 FIXTURES = Path(__file__).resolve().parent.parent / "fixtures"
 SOURCES = {"low": "mlp_a.keras", "middle": "mlp_b.keras", "high": "mlp_c.keras"}
 EPOCHS = 3
+ROUNDING = 1e-4
+"""Difference of weights, as a share of the largest, that sums in another order explain."""
+PATIENCE = 30.0
+"""Seconds that a TensorFlow worker waits for the others: longer than any of them takes between two steps."""
 
 
 def train(folder: Path, healing: bool, slow: bool, resume: bool) -> None:
@@ -77,7 +83,9 @@ def process(arguments: argparse.Namespace) -> None:
     os.environ["TF_CONFIG"] = json.dumps(cluster)
     import tensorflow as tf
 
-    with tf.distribute.MultiWorkerMirroredStrategy().scope():
+    # Without it, TensorFlow takes some two minutes to notice that a worker is lost.
+    impatient = tf.distribute.experimental.CommunicationOptions(timeout_seconds=PATIENCE)
+    with tf.distribute.MultiWorkerMirroredStrategy(communication_options=impatient).scope():
         train(*work)
     return None
 
@@ -140,15 +148,33 @@ def lost(engine: str, folder: Path, options: list[str]) -> dict[str, object]:
         time.sleep(0.1)
     running[1].send_signal(signal.SIGKILL)
     begun = time.perf_counter()
-    text, _ = running[0].communicate(timeout=300)
-    said = [line for line in text.splitlines() if "kmerge.errors" in line or "UNAVAILABLE" in line]
+    said = spoken = None
+    lines = []
+    assert running[0].stdout is not None
+    for line in running[0].stdout:  # until it ends
+        lines.append(line)
+        if said is None and line.startswith("kmerge.errors."):
+            said, spoken = line.strip(), time.perf_counter() - begun
+    running[0].wait()
+    ended = time.perf_counter() - begun
     running[1].communicate()
     finished(start(engine, folder, 2, "--resume", *options), "resumed")
     return {
-        "exit status of the other": running[0].returncode,
-        "seconds until then": round(time.perf_counter() - begun, 1),
-        "what it said": said[-1] if said else text[-600:],
+        "what the other one said": said or "".join(lines)[-600:],
+        "seconds until then": None if spoken is None else round(spoken, 1),
+        "its exit status": running[0].returncode,
+        "seconds until its end": round(ended, 1),
     }
+
+
+def check(result: dict[str, Any], scale: float) -> None:
+    """Hold what was found against what several processes have to keep to."""
+    for what in ("two processes against one", "resumed against one"):
+        if not result[what] <= ROUNDING * scale:
+            raise SystemExit(f"{what}: weights differ by {result[what]:.2g}, more than rounding explains")
+    lost = result["one lost"]
+    if not lost["its exit status"] or "resume" not in str(lost["what the other one said"]):
+        raise SystemExit(f"one lost: the other one did not end with an error that says how to go on: {lost}")
 
 
 def main() -> None:
@@ -185,6 +211,7 @@ def main() -> None:
         result["one lost"] = lost(arguments.engine, folders[2], options)
         result["resumed against one"] = difference(folders[0], folders[2])
         print(json.dumps(result, indent=2))
+        check(result, scale)
     return None
 
 

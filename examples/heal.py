@@ -18,7 +18,7 @@ images = (load_digits().images[..., None] / 16).astype("float32")
 unlabelled, unseen = images[:1400], images[1400:]
 
 merged = kmerge.merge_models(sources, method="fuse", data=unlabelled)
-healed = kmerge.fine_tune(merged, unlabelled, teachers=sources, epochs=30, learning_rate=0.005).model
+healed = kmerge.fine_tune(merged, unlabelled, teachers=sources, learning_rate=0.005).model
 
 
 def agreement(model, label):
@@ -34,6 +34,6 @@ before = {label: agreement(merged, label) for label in sources}
 after = {label: agreement(healed, label) for label in sources}
 for label in sources:
     print(f"{label}: agrees with its source on {before[label]:.1%} before and {after[label]:.1%} after healing")
-mean = sum(after.values()) / len(sources)
-print(f"{mean:.1%} on average")
-assert mean > max(0.92, sum(before.values()) / len(sources))
+start, end = (sum(found.values()) / len(sources) for found in (before, after))
+print(f"on average {start:.1%} before and {end:.1%} after")
+assert end > max(start + 0.01, 0.92)

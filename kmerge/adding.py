@@ -10,10 +10,9 @@ from typing import Any
 
 from kmerge import live
 from kmerge.errors import PlanError
-from kmerge.report.inspection import stored_merge
+from kmerge.standing import open_standing
 from kmerge.surgery import label_name
 from kmerge.tune.heads import output_names
-from kmerge.tuning import checked_target, write_live
 from kmerge.workspace import Workspace
 
 
@@ -32,26 +31,13 @@ def add_head_to(
         raise PlanError(f"The label is {label!r}: expected a name for the new head.")
     with ExitStack() as stack:
         work = Workspace(stack)
-        source = work.open_one(model, "model")
-        if source.graph is None:
-            raise PlanError(f"'{source.name}' holds no graph, so it takes no head: give a whole model.")
-        stored = live.facts_of(model) if live.is_model(model) else stored_merge(source)
-        target = checked_target(output, force, source)
-        if target is not None:
-            work.protect(target, None)
-        if source.path is not None:
-            live.check_runs_no_code(source.model, source.name, "Replace the layer, or give the live model in Python.")
-        path = live.with_suffix(source.files[0] if source.path is None else source.path, source.model, work.subfolder())
-        known = work.custom_objects(custom_objects)
-        copy = live.load_model(path, f"'{source.name}'", known, source.path is None)
-        grown, names = _grown(copy, head, label, at, known)
+        standing = open_standing(work, model, output, force, custom_objects, without_graph="takes no head")
+        grown, names = _grown(standing.copy(), head, label, at, standing.known)
         facts = None
-        if stored is not None:
+        if standing.facts is not None:
             added = {name: {"role": "private", "source": label} for name in names}
-            facts = {**stored, "layers": {**(stored.get("layers") or {}), **added}}
-            live.remember(grown, facts)
-        if target is not None:
-            write_live(grown, target, force, facts, work)
+            facts = {**standing.facts, "layers": {**(standing.facts.get("layers") or {}), **added}}
+        standing.succeed(grown, facts)
     return grown
 
 

@@ -281,8 +281,9 @@ def fine_tune(
     mix: Mapping[str, float] | None = None,
     validation_split: float = 0.1,
     patience: int | None = None,
+    pairs: int | None = None,
     samples: int | None = None,
-    cache: int = 4 << 30,
+    cache: float = 4096,
     checkpoints: str | os.PathLike[str] | None = None,
     resume: bool = False,
     every: float = 60.0,
@@ -290,6 +291,9 @@ def fine_tune(
     mixed_precision: bool = False,
     jit: bool | None = None,
     callbacks: Sequence[Any] = (),
+    columns: Sequence[str] | None = None,
+    label_columns: Mapping[str, str] | None = None,
+    pixels: tuple[float, float] | None = None,
     seed: int = 0,
     custom_objects: Mapping[str, Any] | None = None,
     force: bool = False,
@@ -312,15 +316,16 @@ def fine_tune(
         labels: of the heads, where the model does not say.
         output: where to write the result (`.keras` or `.h5`).
         train: "all", "heads", or "last:K", heads and the last K layers of the trunk; default: what the model's layers
-            say. What does not move is in inference mode.
+            say. A BatchNormalization that does not move is in inference mode; dropout is not.
         loss, metrics: by head, or for all; default: what each source was trained with.
         loss_weights: numbers by head, "equal", "uncertainty", "gradnorm" or "pcgrad".
         epochs: passes over the data, of the longest where there are several; default 12, and more where these are few
             steps.
-        minutes: time after which it ends; without epochs, as many as fit.
+        minutes: time from the call on, and over all calls that resume it, after which it ends; without epochs, as many
+            as fit. More of them, with `resume`, let it go on.
         batch_size: rows of a batch, of all heads together; default 64.
         learning_rate: the highest; it rises over the first steps and falls along half a cosine. Default 0.001, and in
-            healing less where the start agrees well already, down to 0.0002.
+            healing less where the start agrees well already, down to 0.0001.
         optimizer: name or Keras optimizer; default Adam. The object that is given is not changed.
         temperature: of the distillation; default 4; infinity matches logits.
         features: weight of matching the features of each source's trunk, through a linear map of its own.
@@ -330,18 +335,25 @@ def fine_tune(
         mix: rows of a batch by head, as a ratio; default equal.
         validation_split: share of the rows to hold back.
         patience: epochs without a better state after which it ends.
+        pairs: where sources teach, rows made of pairs of the given ones for each of them and pass; default 3 where
+            there are few rows, none from 32,000 on.
         samples: how many inputs to make up.
-        cache: bytes on disk for inputs and what the teachers give on them.
+        cache: megabytes on disk for inputs and what the teachers give on them, at most.
         checkpoints: folder for the state of the training; with `resume` it goes on from there, and ends with the same
-            weights as without the interruption.
+            weights as without the interruption (data that shuffle by themselves aside). The log of the epoch in which
+            it was interrupted is of the rest of it.
         every: seconds between two checkpoints within an epoch; there is one at the end of each in any case.
         tensorboard: folder for TensorBoard's logs.
         mixed_precision: compute in bfloat16.
         jit: compile with XLA.
-        callbacks: Keras callbacks.
+        callbacks: Keras callbacks; their own state is not resumed.
+        columns: of a table: the features by name, in the order of the training; default all that are not labels.
+        label_columns: of a table: the column with the labels of each head, beside `y` and `y_<label>`.
+        pixels: of image files: values of black and white; default 0 and 255 where the model rescales its input
+            itself, else 0 and 1.
         seed: of everything random.
         custom_objects: classes of custom layers, as for `keras.saving.load_model`.
-        force: replace an existing output.
+        force: replace an existing output, and the checkpoint of another training.
         progress: called with steps done and to do in all.
         log: called with a line per epoch.
 
@@ -370,15 +382,20 @@ def fine_tune(
         mix=mix,
         validation_split=validation_split,
         patience=patience,
+        pairs=pairs,
         samples=samples,
         cache=cache,
         checkpoints=None if checkpoints is None else Path(checkpoints),
         resume=resume,
+        force=force,
         every=every,
         tensorboard=None if tensorboard is None else Path(tensorboard),
         mixed_precision=mixed_precision,
         jit=jit,
         callbacks=tuple(callbacks),
+        columns=columns,
+        label_columns=label_columns or {},
+        pixels=pixels,
         seed=seed,
         say=log or logging.getLogger("kmerge").info,
     )

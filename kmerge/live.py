@@ -251,5 +251,11 @@ def custom_objects_of(models: list[Any]) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    """What an error says, without its line breaks; of TensorFlow's, without the stack that it puts before."""
+    text = str(error)
+    if text.startswith("Graph execution error"):
+        stack = ("Graph execution error", "Detected at node")
+        lines = [line for line in text.splitlines() if line and not line[0].isspace() and not line.startswith(stack)]
+        text = " ".join(lines) or text
+    text = " ".join(text.split())
     return (text if len(text) <= 300 else text[:297] + "...").rstrip(".")

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from kmerge import live
+from kmerge.calibration.enrich import channels_first
 from kmerge.data import entries
-from kmerge.errors import OutputError, PlanError
+from kmerge.errors import PlanError
 from kmerge.graph import flatten
 from kmerge.layout import source_graph
 from kmerge.plan import Plan
 from kmerge.progress import Progress, in_steps
-from kmerge.report.inspection import stored_merge
 from kmerge.rules import unique_labels
 from kmerge.source import Source, stem
-from kmerge.store.target import check_target, copy_file
+from kmerge.standing import open_standing
 from kmerge.tune import Settings, Subject, Tuning, check_settings, tune
 from kmerge.tune.processes import processes
-from kmerge.workspace import Sources, Workspace, family, listed
+from kmerge.workspace import Sources, Workspace, listed
 
 ROWS = 4000
 """How many inputs are made up where none are given."""
@@ -50,25 +47,13 @@ def fine_tune_model(
         )
     with ExitStack() as stack:
         work = Workspace(stack)
-        source = work.open_one(model, "model")
-        if source.graph is None:
-            raise PlanError(f"'{source.name}' holds no graph, so it cannot be trained: give a whole model.")
-        stored = live.facts_of(model) if live.is_model(model) else stored_merge(source)
+        standing = open_standing(
+            work, model, output, force, custom_objects, without_graph="cannot be trained", data=data
+        )
+        stored = standing.facts
         opened = _teachers(work, teachers, labels, stored)
-        target = checked_target(output, force, source)
-        if target is not None:
-            work.protect(target, None, data)
-        known = work.custom_objects(custom_objects)
-
-        def copy(of: Source) -> Any:
-            own = of.path is None
-            if not own:
-                live.check_runs_no_code(of.model, of.name, _WITHOUT_CODE)
-            path = live.with_suffix(of.files[0] if own else of.path or of.files[0], of.model, work.subfolder())
-            return live.load_model(path, f"'{of.name}'", known, own)
-
         plan = Plan.from_dict(stored["plan"]) if stored is not None else None
-        subject = _subject(lambda: copy(source), source, stored, plan, opened, labels)
+        subject = _subject(standing.copy, standing.source, stored, plan, opened, labels)
         synthetic = data is None
         if synthetic:
             from kmerge.calibration.synthetic import synthesise
@@ -78,18 +63,11 @@ def fine_tune_model(
             data = dict(zip(names, made.arrays, strict=True))
         several = processes()
         with several.alone():
-            masters = {label: copy(teacher) for label, teacher in opened.items()}
+            masters = {label: standing.copy(teacher) for label, teacher in opened.items()}
         tuned = tune(subject, data, masters, settings, work.subfolder(), in_steps(progress, "training"), synthetic)
         facts = None if stored is None else {**stored, "tuning": _facts(tuned)}
-        if facts is not None:
-            live.remember(tuned.model, facts)
-        if target is not None:
-            write_live(tuned.model, target, force, facts, work, several.is_first)
-            tuned = replace(tuned, output=str(target))
-    return tuned
-
-
-_WITHOUT_CODE = "A training runs the model, so replace the layer, or give the live models in Python."
+        written = standing.succeed(tuned.model, facts, several.is_first)
+    return replace(tuned, output=written)
 
 
 def _teachers(
@@ -101,12 +79,15 @@ def _teachers(
     given = listed(teachers)
     values = list(given.values()) if isinstance(given, Mapping) else list(given)
     known = list(labels or (Plan.from_dict(stored["plan"]).labels if stored else ()))
+    added = [] if labels else added_labels(stored)  # their sources may teach, too
     if isinstance(given, Mapping):
         names = [str(key) for key in given]
     else:
         names = unique_labels([str(value.name) if live.is_model(value) else stem(value) for value in values])
-        if set(names) != set(known) and len(values) == len(known):
-            names = known
+        for expected in (known, [*known, *added]):
+            if not set(known) <= set(names) and len(values) == len(expected):
+                names = expected
+    known += [label for label in added if label in names]
     if known and set(names) != set(known):
         raise PlanError(
             f"The teachers are {', '.join(names)}, but the heads of the model are {', '.join(known)}: give one source "
@@ -142,8 +123,6 @@ def _subject(
     if plan:
         training |= {facts.label: facts.training for facts in plan.sources if facts.training is not None}
     training |= {label: teacher.training for label, teacher in teachers.items() if teacher.training is not None}
-    if not names and isinstance(source.training, Mapping):
-        training = _Any(source.training)
     wanted = entries(source)
     copies = 1
     if plan is not None and plan.inputs == "separate":
@@ -166,7 +145,11 @@ def _subject(
         if shared:
             end = shared[-1].name
             ends = {label: str(name) for label, name in zip(plan.labels, shared[-1].layers, strict=True)}
-    return Subject(copy, wanted, copies, names, roles, training, ends, end, _calibrated(plan))
+    itself = source.training if isinstance(source.training, Mapping) and not names else None
+    moved = frozenset(channels_first(source_graph(next(iter(teachers.values()), source))))
+    return Subject(
+        copy, wanted, copies, names, roles, training, ends, end, itself, _calibrated(plan), channels_first=moved
+    )
 
 
 def added_labels(stored: Mapping[str, Any] | None) -> list[str]:
@@ -177,17 +160,6 @@ def added_labels(stored: Mapping[str, Any] | None) -> list[str]:
         str(item["source"]) for item in stored["layers"].values() if isinstance(item, Mapping) and "source" in item
     ]
     return [label for label in dict.fromkeys(sources) if label not in Plan.from_dict(stored["plan"]).labels]
-
-
-class _Any(dict[str, Any]):
-    """One training configuration for every head, by the name of its output."""
-
-    def __init__(self, training: Mapping[str, Any]) -> None:
-        super().__init__()
-        self._training = training
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return _own_training(self._training, key)
 
 
 def _own_training(training: Any, label: str) -> Any:
@@ -203,53 +175,8 @@ def _own_training(training: Any, label: str) -> Any:
     return found
 
 
-def checked_target(output: str | os.PathLike[str] | None, force: bool, source: Source) -> Path | None:
-    """Where a live model is to be written; None for nowhere.
-
-    Raises:
-        OutputError: if it could not.
-    """
-    if output is None:
-        return None
-    if not isinstance(output, (str, os.PathLike)):
-        raise OutputError(f"The output is {output!r}: expected a path.")
-    target = Path(output)
-    if family(target) is None:
-        raise OutputError(f"'{target}' ends in neither .keras nor .h5, and the suffix decides what is written.")
-    check_target(target.absolute(), force, False, source.size)
-    return target
-
-
 def _facts(tuned: Tuning) -> dict[str, Any]:
     """What a file holds about its training."""
     facts = tuned.to_dict()
     kept = ("before", "after", "scores_before", "scores_after", "epoch", "steps", "description", "notes")
     return {key: facts[key] for key in kept}
-
-
-def write_live(
-    model: Any, target: Path, force: bool, facts: Mapping[str, Any] | None, work: Workspace, place: bool = True
-) -> None:
-    """The model as a file, whole or not at all, with the facts of its merge."""
-    folder = work.subfolder()
-    path = live.save_model(model, folder, "tuned")
-    if family(target) is False:
-        old = folder / "tuned.h5"
-        live.write_as_h5(path, old, None if facts is None else json.dumps(facts), live.custom_objects_of([model]))
-        path = old
-    elif facts is not None:
-        path = _with_facts(path, facts)
-    if place:
-        copy_file(path, target.absolute(), force)
-
-
-def _with_facts(path: Path, facts: Mapping[str, Any]) -> Path:
-    """A `.keras` file whose metadata hold the facts, beside the old one."""
-    made = path.with_name(f"{path.stem}_with_facts.keras")
-    with zipfile.ZipFile(path) as old, zipfile.ZipFile(made, "w", zipfile.ZIP_STORED) as new:
-        for member in old.infolist():
-            data = old.read(member)
-            if member.filename == "metadata.json":
-                data = json.dumps({**json.loads(data), "kmerge": facts}).encode()
-            new.writestr(member, data)
-    return made

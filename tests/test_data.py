@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kmerge.data import Batch, Dataset, Entry, Reading, entries, open_dataset, open_parts
+from kmerge.data import Batch, Dataset, Entry, Reading, entries, open_dataset, open_parts, row_digests
 from kmerge.data import columns as columns_module
 from kmerge.data import streams as streams_module
 from kmerge.data.records import _checksum
@@ -350,10 +350,11 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     np.testing.assert_array_equal(reverse.inputs[0], X[:, ::-1])
     assert message(path) == (
         "The table in x.csv has 6 columns that are no labels (id, p, q, r, kind, n), and input 'features' takes 3: "
-        "name the columns to be read, in the order of the training."
+        "leave the others out, or name the columns to be read, in the order of the training (finetune --columns)."
     )
     assert message(path, columns=["p", "q", "kind"]) == (
-        "Column 'kind' in x.csv holds text: expected numbers. Name the columns to be read."
+        "Column 'kind' in x.csv holds text: expected numbers. Leave it out, or name the columns to be read "
+        "(finetune --columns)."
     )
     assert message(path, columns=["p", "z"]) == (
         "The table in x.csv has no column 'z': expected one of id, p, q, r, kind, n."
@@ -378,9 +379,23 @@ def test_parquet_and_tables_in_memory(tmp_path: Path, monkeypatch: pytest.Monkey
     )
     extra = wide.append_column("id", arrow.array(Y))
     assert message(extra, PAIR) == (
-        "The table has a column 'id', which belongs to no input: name the columns to be read."
+        "The table has a column 'id', which belongs to no input: leave it out, or name the columns to be read "
+        "(finetune --columns)."
     )
     assert whole(opened(extra, PAIR, columns=["colour", "signal_0", "signal_1"])).rows == 20
+
+
+def test_weights_and_classes_of_tables(tmp_path: Path) -> None:
+    kinds = ["NA", "EU", "", "null"]
+    lines = ["f0,f1,f2,y,weights", *(f"{n},{n},{n},{kinds[n % 4]},{n / 2}" for n in range(8))]
+    dataset = opened(write_csv(tmp_path / "x.csv", "\n".join(lines)))
+    batch = whole(dataset)
+    assert batch.targets["a"].tolist() == [1, 0, -1, 2] * 2  # EU, NA, null; what is empty is missing
+    assert dataset.classes == ("EU", "NA", "null")
+    np.testing.assert_array_equal(batch.weights["a"], np.arange(8) / 2)
+    assert rows_of(opened(tmp_path / "x.csv", targets=False))
+    # A column that is asked for is a feature, whatever it is called.
+    assert whole(opened(tmp_path / "x.csv", columns=["f0", "f1", "weights"])).weights == {}
 
 
 def test_a_folder_of_tables_is_one_table(tmp_path: Path) -> None:
@@ -475,6 +490,13 @@ def test_folders_that_are_no_images(photos: Path, tmp_path: Path) -> None:
     assert "declares 131,072 × 131,072 pixels, more than the 134,217,728 that are read" in message(
         tmp_path, image_entry(5, 6, 3)
     )
+    frame = b"," + struct.pack("<HHHH", 0, 0, 8000, 8000) + b"\x80" + bytes(6) + b"\x02\x01\x00\x00"
+    gif = b"GIF89a" + struct.pack("<HH", 8000, 8000) + b"\x80\0\0" + bytes(6) + b"!\xf9\x01\x00\x00" + 3 * frame
+    (tmp_path / "cats" / "1.png").write_bytes(gif)
+    assert "declares 192,000,000 pixels in all of its frames" in message(tmp_path, image_entry(5, 6, 3))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("kmerge.data.images.MOST_BYTES", 10)
+        assert "more than 10: scale it down" in message(tmp_path, image_entry(5, 6, 3))
     (tmp_path / "cats" / "1.png").write_bytes(png[:60])
     assert message(tmp_path, image_entry(5, 6, 3)).startswith("cats/1.png cannot be read as an image (")
 
@@ -506,7 +528,7 @@ def write_records(path: Path, records: list[bytes], compression: str | None = No
 @pytest.mark.parametrize("compression", [None, "GZIP"])
 def test_records_are_read_by_names(compression: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = [
-        record(x=row.tolist(), y_a=int(n), id=b"no matter", **({} if n % 4 else {"y_b": float(n)}))
+        record(x=row.tolist(), y_a=int(n), id=b"-", **({} if n % 4 else {"y_b": float(n), "weights_b": float(n)}))
         for n, row in zip(Y, X, strict=True)
     ]
     path = write_records(tmp_path / "x.bin", made, compression)
@@ -518,6 +540,7 @@ def test_records_are_read_by_names(compression: str | None, tmp_path: Path, monk
         np.testing.assert_array_equal(batch.inputs[0], X)
         np.testing.assert_array_equal(batch.targets["a"], Y)
         np.testing.assert_array_equal(batch.targets["b"], np.where(Y % 4, np.nan, Y))
+        np.testing.assert_array_equal(batch.weights["b"], np.where(Y % 4, 1, Y))
 
 
 def test_records_hold_images_pixels_and_tensors(photos: Path, tmp_path: Path) -> None:
@@ -535,6 +558,19 @@ def test_records_hold_images_pixels_and_tensors(photos: Path, tmp_path: Path) ->
     ):
         path = write_records(tmp_path / "x.tfrecord", [record(image=data)])
         np.testing.assert_array_equal(whole(opened(path, entry)).inputs[0][0], values)
+
+
+def test_a_tensor_that_declares_more_than_it_holds_is_never_made(tmp_path: Path) -> None:
+    import tensorflow as tf
+
+    proto = tf.make_tensor_proto(np.ones(2, np.float32))
+    proto.ClearField("tensor_content")
+    proto.float_val.append(1.0)
+    proto.tensor_shape.CopyFrom(tf.TensorShape([1 << 40]).as_proto())
+    path = write_records(tmp_path / "x.tfrecord", [record(x=proto.SerializeToString())])
+    assert message(path).startswith("A record in x.tfrecord holds a tensor of shape (1099511627776,) for input")
+    free = (Entry("x", frozenset({"x"}), (None, None), "float32"),)
+    assert "and all of its values" in message(path, free)
 
 
 def test_records_that_cannot_be_read(tmp_path: Path) -> None:
@@ -602,3 +638,61 @@ def test_data_of_other_libraries(library: str) -> None:
 def test_entries_tell_whether_a_network_rescales_by_itself(fixtures_dir: Path) -> None:
     entry = entries(open_source(fixtures_dir / "cnn_a.keras"))[0]
     assert (entry.shape, entry.scaled) == ((None, 8, 8, 1), False)
+
+
+# ---- rows told by what they hold
+
+
+def shuffling(data: list[np.ndarray]) -> Any:
+    """Batches that come in another order in each pass, as of a PyTorch loader with shuffle=True."""
+    random = np.random.default_rng(0)
+
+    def source() -> Iterator[np.ndarray]:
+        rows = random.permutation(np.concatenate(data))
+        return iter(np.split(rows, range(50, len(rows), 50)))
+
+    return source
+
+
+def test_rows_that_are_held_back_stay_so_where_the_source_shuffles_by_itself() -> None:
+    used, held = opened(shuffling([np.arange(3000, dtype=np.float32).reshape(1000, 3)])).split(0.2, 0)
+    first, second = (set(rows_of(held)) for _ in range(2))
+    assert first == second
+    assert 150 < len(first) < 250
+    for seed in (None, 1):
+        assert set(rows_of(used, seed=seed)) == set(range(1000)) - first
+    assert set(rows_of(opened(shuffling([X])).split(0.5, 1)[1])) != set(
+        rows_of(opened(shuffling([X])).split(0.5, 2)[1])
+    )
+
+
+def test_rows_that_are_others_in_each_pass_cannot_be_held_back() -> None:
+    random = np.random.default_rng(0)
+    used, held = opened(lambda: iter([random.normal(size=(50, 3)) for _ in range(4)])).split(0.2, 0)
+    list(used.batches(16))
+    with pytest.raises(DataError, match=r"other rows in each pass.*--validation-split 0"):
+        list(held.batches(16))
+    # A loader that leaves out its last rows, which are others each time, has the same rows all the same.
+    rows = 3 * np.repeat(np.arange(200.0), 3).reshape(200, 3)
+    used, held = opened(lambda: iter(np.split(random.permutation(rows), 8)[:7])).split(0.2, 0)
+    assert not set(rows_of(used)) & set(rows_of(held))
+
+
+def test_text_and_numbers_both_tell_a_row() -> None:
+    texts = np.array(["a", "ab", "a"], object)
+    first = row_digests((texts, np.array([1, 1, 1])))
+    assert first[0] == first[2] != first[1]
+    assert (row_digests((texts, np.array([1, 1, 2])))[:2] == first[:2]).all()
+    assert row_digests((texts, np.array([1, 1, 2])))[2] != first[2]
+    split = row_digests((np.array([["a", "bc"]], object),)), row_digests((np.array([["ab", "c"]], object),))
+    assert split[0][0] != split[1][0]
+
+
+def test_shuffling_changes_no_array_that_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams_module, "BUFFER", 5)
+    labels = Y.copy()
+    batches = [(X[start : start + 5], labels[start : start + 5]) for start in range(0, 20, 5)]
+    for seed in range(3):
+        batch = whole(opened(batches), 5, seed=seed)
+        np.testing.assert_array_equal(batch.inputs[0][:, 0], 3 * batch.targets["a"])
+    np.testing.assert_array_equal(labels, Y)

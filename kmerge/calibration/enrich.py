@@ -48,11 +48,18 @@ def crossed(inputs: Inputs, rows: int, rng: np.random.Generator, first: Collecti
         first: numbers of the arrays whose channels stand before their positions.
     """
     one, two = rng.integers(inputs.rows, size=(2, rows))
-    arrays = tuple(_crossed(array[one], array[two], rng, n in first) for n, array in enumerate(inputs.arrays))
+    arrays = tuple(cross(array[one], array[two], rng, n in first) for n, array in enumerate(inputs.arrays))
     return Inputs(arrays, inputs.owners[one], True, f"{rows:,} made of pairs of them")
 
 
-def _crossed(one: Array, two: Array, rng: np.random.Generator, channels_first: bool) -> Array:
+def cross(one: Array, two: Array, rng: np.random.Generator, channels_first: bool) -> Array:
+    """Rows of one array crossed with those of another: a box of positions, or points between rows of features.
+
+    Args:
+        one, two: shapes (rows, ...), the same.
+        rng: source of random numbers.
+        channels_first: whether channels stand before positions.
+    """
     if one.ndim == 2 and one.dtype.kind == "f":
         return _mixed(one, two, rng)
     if channels_first and one.ndim > 2:

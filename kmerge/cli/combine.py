@@ -13,7 +13,8 @@ import click
 from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
-from kmerge.cli.program import debug_option, json_option, note, print_json, show, written
+from kmerge.cli.options import force_option, labels_option, quiet_option, say_all, seed_option
+from kmerge.cli.program import debug_option, json_option, print_json, show, written
 from kmerge.errors import OutputError
 
 if TYPE_CHECKING:
@@ -35,15 +36,6 @@ class _Combine(click.Command):
             _, _, order = self.make_parser(ctx).parse_args(list(args))
             ctx.meta[_ORDER] = [param.name for param in order if param.name in ("share", "private")]
         return super().parse_args(ctx, args)
-
-
-def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    labels = tuple(label.strip() for label in value.split(","))
-    if not all(labels):
-        raise click.BadParameter(f"'{value}' has an empty label: give names with commas between them, such as cat,dog.")
-    return labels
 
 
 def _weights(_: click.Context, __: click.Parameter, value: str | None) -> tuple[float, ...] | None:
@@ -124,12 +116,7 @@ def _report_path(_: click.Context, __: click.Parameter, value: str | None) -> st
     metavar="OUT",
     help="Where to write; its suffix decides the format.  [default: merged, with the first source's suffix]",
 )
-@click.option(
-    "--labels",
-    metavar="A,B,...",
-    callback=_labels,
-    help="Names of the heads, one per source, with commas between them.  [default: the files' names]",
-)
+@labels_option("Names of the heads, one per source, with commas between them.  [default: the files' names]")
 @click.option(
     "--trunk",
     default="auto",
@@ -222,13 +209,7 @@ def _report_path(_: click.Context, __: click.Parameter, value: str | None) -> st
     help="Choose the largest trunk whose every head agrees this well with its source, such as 0.99.",
 )
 @click.option("--freeze", is_flag=True, help="Save the shared layers with trainable = false.")
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    metavar="N",
-    help="Of everything random: the same seed gives the same model.",
-)
+@seed_option
 @click.option(
     "--plan",
     type=click.Path(),
@@ -244,8 +225,8 @@ def _report_path(_: click.Context, __: click.Parameter, value: str | None) -> st
     callback=_report_path,
     help="Also write what was done to a file, as JSON or as a page.",
 )
-@click.option("--force", is_flag=True, help="Replace existing outputs.")
-@click.option("--quiet", is_flag=True, help="Print nothing but errors (and JSON where asked for).")
+@force_option("Replace existing outputs.")
+@quiet_option
 @json_option
 @debug_option
 @click.pass_context
@@ -300,10 +281,7 @@ def combine(ctx: click.Context, /, **given: Any) -> None:
     if report_path is not None:
         _write_report(report, Path(report_path), given["force"])
     if not quiet:
-        for message in report.notes:
-            note(message)
-        for message in report.warnings:
-            note(message, "warning")
+        say_all(report.notes, report.warnings)
     if as_json:
         print_json(report.to_dict())
     elif not quiet:

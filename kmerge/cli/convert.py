@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from kmerge.cli.program import debug_option, json_option, note, print_json, show, written
+from kmerge.cli.options import force_option, say_all
+from kmerge.cli.program import debug_option, json_option, print_json, show, written
 
 
 def _lambdas(ctx: click.Context, param: click.Parameter, values: Sequence[str]) -> dict[str, str]:
@@ -40,7 +41,7 @@ def _lambdas(ctx: click.Context, param: click.Parameter, values: Sequence[str]) 
     metavar="MODULE",
     help="A Python module that registers custom layers with Keras; it is imported. Repeatable.",
 )
-@click.option("--force", is_flag=True, help="Replace an existing output.")
+@force_option("Replace an existing output.")
 @click.option("--quiet", is_flag=True, help="Print nothing but errors.")
 @json_option
 @debug_option
@@ -65,8 +66,7 @@ def convert(old: str, new: str, as_json: bool, **given: Any) -> None:
         )
     written(report.output)
     if not given["quiet"]:
-        for message in report.notes:
-            note(message)
+        say_all(report.notes)
     if as_json:
         print_json(report.to_dict())
     elif not given["quiet"]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from kmerge.cli.program import debug_option, json_option, note, print_json, show, written
+from kmerge.cli.options import force_option, labels_option, names, quiet_option, say_all, seed_option
+from kmerge.cli.program import debug_option, json_option, print_json, show, written
 
 _WEIGHTINGS = ("equal", "uncertainty", "gradnorm", "pcgrad")
 
@@ -69,6 +70,16 @@ def _one_or_each(_: click.Context, __: click.Parameter, values: Sequence[str]) -
     return named or (plain[0] if plain else None)
 
 
+def _each(_: click.Context, __: click.Parameter, values: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for value in values:
+        label, equals, rest = value.partition("=")
+        if not equals or not label or not rest:
+            raise click.BadParameter(f"'{value}' is no LABEL=COLUMN, such as cat=kind.")
+        found[label] = rest
+    return found
+
+
 def _loss_weights(_: click.Context, __: click.Parameter, value: str | None) -> Any:
     if value is None or value in _WEIGHTINGS:
         return value
@@ -96,15 +107,6 @@ def _mix(_: click.Context, __: click.Parameter, values: Sequence[str]) -> dict[s
     return found or None
 
 
-def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    if value is None:
-        return None
-    labels = tuple(label.strip() for label in value.split(","))
-    if not all(labels):
-        raise click.BadParameter(f"'{value}' has an empty label: give names with commas between them, such as cat,dog.")
-    return labels
-
-
 @click.command(short_help="Heal or train a merged model.")
 @click.argument("model", type=click.Path())
 @click.argument("sources", nargs=-1, type=click.Path(), metavar="[SOURCE...]")
@@ -126,8 +128,26 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
     "made-up inputs.",
 )
 @click.option(
-    "--labels", metavar="A,B,...", callback=_labels, help="Labels of the heads, where the model does not hold them."
+    "--columns",
+    metavar="A,B,...",
+    callback=names,
+    help="Of a table: the features, in the order of the training. By default all columns that are no labels.",
 )
+@click.option(
+    "--label-columns",
+    multiple=True,
+    metavar="LABEL=COLUMN",
+    callback=_each,
+    help="Of a table: the column with the labels of a head, beside y and y_LABEL. Repeatable.",
+)
+@click.option(
+    "--pixels",
+    nargs=2,
+    type=float,
+    metavar="BLACK WHITE",
+    help="Values of the pixels of image files. By default 0 255 where the model rescales them, else 0 1.",
+)
+@labels_option("Labels of the heads, where the model does not hold them.")
 @click.option(
     "--train",
     metavar="all|heads|last:K",
@@ -158,7 +178,7 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
     type=float,
     metavar="M",
     callback=_positive(),
-    help="Time after which training ends; without --epochs, as many passes as fit.",
+    help="Time from the call on after which training ends; without --epochs, as many passes as fit.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Rows per step. By default 64.")
 @click.option(
@@ -227,10 +247,17 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
     help="Share of the rows that is held back, on which the best state is found.",
 )
 @click.option("--patience", type=click.IntRange(min=1), metavar="N", help="End after N epochs without a better state.")
+@click.option(
+    "--pairs",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Where sources teach, rows to make of pairs of the given ones, for each of them and pass. By default 3 of few "
+    "rows, none of 32,000.",
+)
 @click.option("--samples", type=click.IntRange(min=8), metavar="N", help="How many inputs to make up. By default 4000.")
 @click.option(
     "--cache",
-    type=click.IntRange(min=0),
+    type=click.FloatRange(min=0),
     default=4096,
     metavar="MB",
     help="Disk for inputs and what the sources give on them.",
@@ -241,15 +268,9 @@ def _labels(_: click.Context, __: click.Parameter, value: str | None) -> tuple[s
 @click.option("--resume", is_flag=True, help="Go on from the checkpoint.")
 @click.option("--tensorboard", type=click.Path(), metavar="FOLDER", help="Write TensorBoard's logs there.")
 @click.option("--mixed-precision", is_flag=True, help="Compute in bfloat16; weights stay as they are.")
-@click.option(
-    "--seed",
-    type=click.IntRange(min=0),
-    default=0,
-    metavar="N",
-    help="Of everything random: the same seed gives the same model.",
-)
-@click.option("--force", is_flag=True, help="Replace an existing output.")
-@click.option("--quiet", is_flag=True, help="Print nothing but errors (and JSON where asked for).")
+@seed_option
+@force_option("Replace an existing output, and another training's checkpoint.")
+@quiet_option
 @json_option
 @debug_option
 @click.pass_context
@@ -283,7 +304,6 @@ def finetune(ctx: click.Context, /, **given: Any) -> None:
         raise click.UsageError("There is nothing to learn from: give --data with labels, or the sources.", ctx)
     if given["resume"] and given["checkpoints"] is None:
         raise click.UsageError("--resume needs --checkpoints FOLDER.", ctx)
-    given["cache"] <<= 20
 
     from kmerge import api
     from kmerge.progress import terminal_bar
@@ -297,10 +317,7 @@ def finetune(ctx: click.Context, /, **given: Any) -> None:
     assert tuning.output is not None
     written(tuning.output)
     if not quiet:
-        for message in tuning.notes:
-            note(message)
-        for message in tuning.warnings:
-            note(message, "warning")
+        say_all(tuning.notes, tuning.warnings)
     if as_json:
         print_json(tuning.to_dict())
     elif not quiet:

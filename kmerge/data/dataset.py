@@ -87,6 +87,8 @@ class Dataset(ABC):
     def split(self, share: float, seed: int) -> tuple[Dataset, Dataset]:
         """Training rows and held-back rows: disjoint, and the same in every pass.
 
+        A pass over either part of a stream raises DataError where the stream gives other rows in each pass.
+
         Args:
             share: of the rows to hold back, between 0 and 1.
             seed: of the draw.

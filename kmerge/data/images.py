@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png"})
 MOST_PIXELS = 1 << 27
 """An image that declares more is refused before it is decoded."""
+MOST_BYTES = 1 << 30
+"""A file with more is not read."""
 _IGNORED = frozenset({"thumbs.db", "desktop.ini"})
 
 
@@ -64,6 +66,11 @@ class Picture:
             raise FormatError(
                 f"{what} declares {height:,} × {width:,} pixels, more than the {MOST_PIXELS:,} that are "
                 "read: scale it down."
+            )
+        if data.startswith(b"GIF8") and (pixels := frames(data)) > MOST_PIXELS:
+            raise FormatError(
+                f"{what} declares {pixels:,} pixels in all of its frames, more than the {MOST_PIXELS:,} that are read: "
+                "keep the first one only."
             )
         try:
             with tf.device("CPU"):
@@ -135,6 +142,27 @@ def image_size(data: bytes, what: str) -> tuple[int, int]:
     except (struct.error, IndexError):
         raise FormatError(f"{what} is cut short: write it again.") from None
     raise FormatError(f"{what} is no JPEG, PNG, GIF or BMP.")
+
+
+def frames(data: bytes) -> int:
+    """Pixels of all frames of a GIF, as far as it goes: a decoder unpacks all of them, even for the first."""
+    found, place = 0, 13 + _colours(data[10:11])
+    while data[place : place + 1] in (b"!", b","):
+        if data[place] == ord(","):
+            width, height = struct.unpack("<HH", data[place + 5 : place + 9].ljust(4, b"\0"))
+            found += width * height
+            place += 11 + _colours(data[place + 9 : place + 10])
+        else:
+            place += 2
+        while place < len(data) and data[place]:  # blocks, each with its length in front
+            place += 1 + data[place]
+        place += 1
+    return found
+
+
+def _colours(flags: bytes) -> int:
+    """Bytes of a GIF's table of colours."""
+    return 3 << ((flags[0] & 7) + 1) if flags and flags[0] & 0x80 else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,6 +243,9 @@ def _named(path: Path) -> str:
 
 def _content(path: Path) -> bytes:
     try:
+        size = path.stat().st_size
+        if size > MOST_BYTES:
+            raise FormatError(f"{_named(path)} has {size:,} bytes, more than {MOST_BYTES:,}: scale it down.")
         return path.read_bytes()
     except OSError as error:
         raise FormatError(why_unreadable(path, error)) from None

@@ -61,7 +61,8 @@ def open_records(files: Sequence[Path], name: str, names: Names, reading: Readin
     """Open TFRecord files, one after the other; in memory where they are small and needed again.
 
     Inputs are features of their names: numbers, strings, encoded images, bytes of pixels, or serialised tensors. Labels
-    are features `y` and `y_<label>`; one that is absent from a record is missing there. Other features are not read.
+    are features `y` and `y_<label>`; one that is absent from a record is missing there. Sample weights are `weights`
+    and `weights_<label>`, 1 where absent. Other features are not read.
 
     Args:
         files: the files, in order.
@@ -186,12 +187,16 @@ class _Layout:
                     f"{', '.join(sorted(entry.names))}, and they have {listed}."
                 )
         self.labels: dict[str, str] = {}
+        self.weights: dict[str, str] = {}
         for name, (kind, label) in names.beside.items() if names.targets else ():
-            if name in found and kind == "y":
-                self.labels |= dict.fromkeys(names.labels if label is None else (label,), name)
+            if name in found:
+                into = self.labels if kind == "y" else self.weights
+                into |= dict.fromkeys(names.labels if label is None else (label,), name)
         self.features = {name: self._input(found[name], self.entries[n]) for n, name in self.inputs.items()}
         for name in self.labels.values():
             self.features[name] = self._label(found[name], name)
+        for name in self.weights.values():
+            self.features[name] = self._label(found[name], name, 1)
         self.pictures: dict[str, Any] = {}
 
     def _input(self, feature: _Feature, entry: Entry) -> Any:
@@ -208,26 +213,30 @@ class _Layout:
         kinds = {"bytes_list": tf.string, "float_list": tf.float32, "int64_list": tf.int64}
         return tf.io.FixedLenFeature(sizes, kinds[feature.kind])
 
-    def _label(self, feature: _Feature, name: str) -> Any:
+    def _label(self, feature: _Feature, name: str, absent: int | None = None) -> Any:
         import tensorflow as tf
 
         if feature.kind == "bytes_list":
-            raise DataError(f"Feature '{name}'{self.where} holds text: expected numbers of classes, from 0 on.")
+            what = "numbers of classes, from 0 on" if absent is None else "sample weights"
+            raise DataError(f"Feature '{name}'{self.where} holds text: expected {what}.")
         whole = feature.kind == "int64_list"
-        missing: Any = -1 if whole else math.nan
+        missing: Any = absent if absent is not None else -1 if whole else math.nan
         sizes = [] if feature.length == 1 else [feature.length]
         default = missing if not sizes else [missing] * feature.length
         return tf.io.FixedLenFeature(sizes, tf.int64 if whole else tf.float32, default)
 
-    def batch(self, parsed: Mapping[str, Any]) -> tuple[Any, dict[str, Array]]:
-        """Inputs by name and labels by head."""
+    def batch(self, parsed: Mapping[str, Any]) -> tuple[Any, dict[str, Array], dict[str, Array]]:
+        """Inputs by name, labels and sample weights by head."""
         inputs = {}
         for number, entry in enumerate(self.entries):
             array = parsed[self.inputs[number]].numpy()
             if array.dtype.kind == "O" and not entry.is_text:
                 array = np.stack([self._row(item, entry) for item in array])
             inputs[entry.name] = array
-        return inputs, {label: parsed[name].numpy() for label, name in self.labels.items()}
+        labels, weights = (
+            {label: parsed[name].numpy() for label, name in names.items()} for names in (self.labels, self.weights)
+        )
+        return inputs, labels, weights
 
     def _row(self, data: bytes, entry: Entry) -> Array:
         """A row from bytes: an encoded image, values as they stand in memory, or a serialised tensor."""
@@ -246,7 +255,16 @@ class _Layout:
             return image
         try:
             message = type(tf.make_tensor_proto(0)).FromString(data)
+            shape = tuple(int(size.size) for size in message.tensor_shape.dim)
+            # One value may stand for any number of them, so that the shape is checked before they are made.
+            if (known and math.prod(shape) != math.prod(sizes)) or not 0 <= math.prod(shape) <= 8 * max(len(data), 1):
+                raise DataError(
+                    f"{what} holds a tensor of shape {shape} for input '{entry.name}': expected "
+                    f"{tuple((entry.shape or (None,))[1:])}, and all of its values."
+                )
             return np.asarray(tf.make_ndarray(message))
+        except KmergeError:
+            raise
         except Exception as error:
             raise FormatError(
                 f"{what} holds {len(data):,} bytes for input '{entry.name}', which are neither its values, nor an "

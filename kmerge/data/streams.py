@@ -11,6 +11,7 @@ import numpy as np
 from kmerge.data.checks import as_array, check_rows, converted, converted_targets, converted_weights, fitted
 from kmerge.data.columns import Held
 from kmerge.data.dataset import Batch, Dataset, Indexed, check_one_shape, generator
+from kmerge.data.digests import Repeated, Sketch, row_digests, row_draws
 from kmerge.data.entries import Entry
 from kmerge.data.names import Names
 from kmerge.errors import DataError, KmergeError
@@ -36,6 +37,7 @@ class Streamed(Dataset):
         source: makes the batches of a pass.
         where: for errors: "", or " in x.csv".
         part: share that is held back, seed, and whether this is the part that is held back; of nested splits all.
+        repeated: holds the passes over the parts against each other.
     """
 
     entries: tuple[Entry, ...]
@@ -46,9 +48,12 @@ class Streamed(Dataset):
     classes: tuple[str, ...] = ()
     rows: int | None = None
     part: tuple[tuple[float, int, bool], ...] = field(default=())
+    repeated: Repeated = field(default_factory=Repeated)
 
     def split(self, share: float, seed: int) -> tuple[Streamed, Streamed]:
-        """As in `Dataset`; each row falls by itself, so that the share is met only roughly."""
+        """As in `Dataset`; a row falls by what it holds, so that the share is met only roughly, equal rows are in one
+        part, and sources that shuffle by themselves give the same parts in each pass.
+        """
         used, held = (replace(self, rows=None, part=(*self.part, (share, seed, back))) for back in (False, True))
         return used, held
 
@@ -56,16 +61,15 @@ class Streamed(Dataset):
 
     def given(self, seed: int | None = None) -> Iterator[Batch]:
         """The batches of one pass as they come, checked and converted."""
-        draws = [
-            (share, generator(number, f"split/{level}"), back) for level, (share, number, back) in enumerate(self.part)
-        ]
+        draws = [(share, f"{number}/split/{level}", back) for level, (share, number, back) in enumerate(self.part)]
         before: Batch | None = None
-        # Which rows are held back goes by their place, so the batches of a part come in one order.
-        batches = self.source(None if self.part else seed)
+        sketch = Sketch()
+        batches = self.source(seed)
         while True:
             try:
                 raw = next(batches)
             except StopIteration:
+                self.repeated.check(sketch, self.where)
                 return
             except KmergeError:
                 raise
@@ -75,8 +79,10 @@ class Streamed(Dataset):
             if before is not None:
                 check_one_shape(before.inputs, batch.inputs, self.entries, self.where)
             before = batch.take(slice(0, 0))
-            for share, random, back in draws:
-                batch = batch.take((random.random(batch.rows) < share) == back)
+            if draws:
+                sketch.add(row_digests(batch.inputs))
+            for share, address, back in draws:
+                batch = batch.take((row_draws(batch.inputs, address) < share) == back)
             if batch.rows:
                 yield batch
 
@@ -176,7 +182,8 @@ def shuffled(batches: Iterator[Batch], size: int, random: np.random.Generator) -
     room = 0
     for batch in resized(batches, size):
         if pool is None or pool.rows < room:
-            pool = batch if pool is None else concatenated([pool, batch])
+            # A copy, because rows of it will be replaced, and arrays that were given are not to change.
+            pool = batch.take(np.arange(batch.rows)) if pool is None else concatenated([pool, batch])
             room = max(size, min(BUFFER, BUFFER_BYTES * batch.rows // max(1, _nbytes(batch))))
             continue
         chosen = random.choice(pool.rows, size, replace=False)

@@ -116,18 +116,24 @@ class _Layout:
 
     def __init__(self, names: Names, reading: Reading, columns: Mapping[str, Any], where: str) -> None:
         self.where, self.entries = where, names.entries
-        beside = {name: label for name, (kind, label) in names.beside.items() if kind == "y" and name in columns}
+        chosen = set(reading.columns or ())
+        beside: dict[str, dict[str, str | None]] = {"y": {}, "weights": {}}
+        for name, (kind, head) in names.beside.items():
+            if name in columns and name not in chosen:
+                beside[kind][name] = head
         for label, column in reading.labels.items():
             if column not in columns:
                 raise DataError(f"The table{where} has no column '{column}': expected one of {_listed(columns)}.")
             if names.targets and label not in names.labels:
                 raise DataError(f"Labels are named for '{label}', which is no head: expected {_listed(names.labels)}.")
         self.labels: dict[str, str] = {}
+        self.weights: dict[str, str] = {}
         if names.targets:
-            for column, of in beside.items():  # what is for all comes first
-                self.labels |= dict.fromkeys(names.labels if of is None else (of,), column)
+            for kind, into in (("y", self.labels), ("weights", self.weights)):
+                for column, of in beside[kind].items():  # what is for all comes first
+                    into |= dict.fromkeys(names.labels if of is None else (of,), column)
             self.labels |= reading.labels
-        taken = {*beside, *reading.labels.values()}
+        taken = {*beside["y"], *beside["weights"], *reading.labels.values()}
         features = [column for column in columns if column not in taken]
         if reading.columns is not None:
             missing = [column for column in reading.columns if column not in columns]
@@ -139,9 +145,10 @@ class _Layout:
         for column in features:
             if column not in used:
                 raise DataError(
-                    f"The table{where} has a column '{column}', which belongs to no input: name the columns to be read."
+                    f"The table{where} has a column '{column}', which belongs to no input: leave it out, or name the "
+                    "columns to be read (finetune --columns)."
                 )
-        self.wanted = list(dict.fromkeys((*used, *self.labels.values())))
+        self.wanted = list(dict.fromkeys((*used, *self.labels.values(), *self.weights.values())))
 
     def _inputs(self, features: Sequence[str], columns: Mapping[str, Any], names: Names) -> list[list[str]]:
         groups: dict[int, list[str]] = {}
@@ -154,8 +161,8 @@ class _Layout:
             if wanted is not None and wanted != len(features):
                 raise DataError(
                     f"The table{self.where} has {len(features)} columns that are no labels ({_listed(features)}), and "
-                    f"input '{self.entries[0].name}' takes {wanted}: name the columns to be read, in the order of the "
-                    "training."
+                    f"input '{self.entries[0].name}' takes {wanted}: leave the others out, or name the columns to be "
+                    "read, in the order of the training (finetune --columns)."
                 )
             return [list(features)]
         for column in features:
@@ -176,8 +183,10 @@ class _Layout:
                 )
         return [groups[number] for number in range(len(self.entries))]
 
-    def batch(self, block: Mapping[str, Any], classes: Mapping[str, Sequence[str]]) -> tuple[Any, dict[str, Array]]:
-        """Inputs by name and labels by head, of one block."""
+    def batch(
+        self, block: Mapping[str, Any], classes: Mapping[str, Sequence[str]]
+    ) -> tuple[Any, dict[str, Array], dict[str, Array]]:
+        """Inputs by name, labels and sample weights by head, of one block."""
         inputs = {}
         for entry, group in zip(self.entries, self.inputs, strict=True):
             columns = [_values(block[name], entry.is_text, name, self.where) for name in group]
@@ -189,11 +198,12 @@ class _Layout:
         for label, name in self.labels.items():
             if name in classes:
                 numbers = {value: number for number, value in enumerate(classes[name])}
-                found = [-1 if value is None else numbers[value] for value in block[name].to_pylist()]
+                found = [numbers[value] if value else -1 for value in block[name].to_pylist()]
                 targets[label] = np.array(found, np.int64)
             else:
                 targets[label] = _values(block[name], False, name, self.where)
-        return inputs, targets
+        weights = {label: _values(block[name], False, name, self.where) for label, name in self.weights.items()}
+        return inputs, targets, weights
 
 
 def _size(entry: Entry) -> int | None:
@@ -216,7 +226,7 @@ def _classes(tables: Sequence[_Table], layout: _Layout, where: str) -> dict[str,
         for table in tables:
             for block in table.blocks(text):
                 for name in text:
-                    found[name] |= {value for value in block[name].unique().to_pylist() if value is not None}
+                    found[name] |= {value for value in block[name].unique().to_pylist() if value}
                     if len(found[name]) > MOST_CLASSES:
                         raise DataError(
                             f"Column '{name}'{where} holds more than {MOST_CLASSES:,} different strings: expected "
@@ -254,7 +264,10 @@ def _values(column: Any, text: bool, name: str, where: str) -> Array:
         return flat.reshape(rows, -1)
     if text or _is_text(kind):
         if not text:
-            raise DataError(f"Column '{name}'{where} holds text: expected numbers. Name the columns to be read.")
+            raise DataError(
+                f"Column '{name}'{where} holds text: expected numbers. Leave it out, or name the columns to be read "
+                "(finetune --columns)."
+            )
         return np.array(column.to_pylist(), object)
     if not (arrow.types.is_integer(kind) or arrow.types.is_floating(kind) or arrow.types.is_boolean(kind)):
         with _readable(f"Column '{name}'{where}"):
@@ -344,7 +357,10 @@ class _Text(_Table):
         delimiter = max(",;\t", key=lambda sign: first.count(sign.encode()))
         types = {name: arrow.float64() if self._types[name] else arrow.string() for name in wanted or ()}
         convert = csv.ConvertOptions(
-            column_types=types, include_columns=list(wanted) if wanted else None, strings_can_be_null=True
+            # A class may be called NA or null; what is empty is missing all the same.
+            column_types=types,
+            include_columns=list(wanted) if wanted else None,
+            strings_can_be_null=False,
         )
         return csv.open_csv(self._path, parse_options=csv.ParseOptions(delimiter=delimiter), convert_options=convert)
 

@@ -6,17 +6,19 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from kmerge.errors import FormatError, OutputError, PlanError
 from kmerge.methods.registry import Array
 
-NAME = "training.npz"
+NAME, LOCK = "training.npz", ".training.lock"
 FORMAT = 1
 
 
@@ -90,15 +92,16 @@ def load_state(folder: Path, mark: str) -> State | None:
             facts = json.loads(file["facts"].tobytes())
             if facts["format"] != FORMAT:
                 raise ValueError(f"its format is {facts['format']}")
+            of = facts["mark"]
             groups = {}
             for group, dtypes in facts["dtypes"].items():
                 found = [file[f"{group}_{number}"] for number in range(len(dtypes))]
                 groups[group] = [_typed(array, dtype) for array, dtype in zip(found, dtypes, strict=True)]
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
         raise FormatError(
             f"'{path}' is no checkpoint of kmerge ({error}): remove it, and start without --resume."
         ) from error
-    if facts["mark"] != mark:
+    if of != mark:
         raise PlanError(
             f"The checkpoint in '{folder}' is of another training: the model, the sources, the data or the settings "
             "differ. Repeat the call as it was, or start again with another folder."
@@ -111,10 +114,79 @@ def _typed(array: Array, dtype: str) -> Array:
         return array
     import ml_dtypes
 
-    return array.view(getattr(ml_dtypes, dtype))
+    kind = getattr(ml_dtypes, dtype, None)
+    if kind is None:
+        raise ValueError(f"it holds '{dtype}'")
+    return array.view(kind)
+
+
+_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+def check_folder(folder: Path, resume: bool, force: bool) -> None:
+    """Refuse what a training could not save its state in.
+
+    Raises:
+        OutputError: if it is no folder, or holds the checkpoint of a training that is not to be resumed.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"'{folder}' is a file, and checkpoints need a folder: give another one with --checkpoints.")
+    if not resume and not force and (folder / NAME).exists():
+        raise OutputError(
+            f"'{folder}' holds the checkpoint of a training: go on with it (--resume), replace it (--force), or give "
+            "another folder with --checkpoints."
+        )
+
+
+@contextmanager
+def locked(folder: Path | None) -> Iterator[None]:
+    """While this lasts, no other training saves its state in a folder; the lock of a killed one is gone with it.
+
+    Raises:
+        OutputError: if one does, or the folder cannot be written in.
+    """
+    if folder is None:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / LOCK).open("a+b")
+    except OSError as error:
+        raise OutputError(
+            f"Checkpoints cannot be written in '{folder}': {error.strerror or error}. Give another folder with "
+            "--checkpoints."
+        ) from error
+    with file:
+        if not _lock(file):
+            raise OutputError(
+                f"Another training saves its state in '{folder}': wait for it to end, or give another folder with "
+                "--checkpoints."
+            )
+        yield
+
+
+def _lock(file: IO[bytes]) -> bool:
+    """Whether no other process holds a file; on file systems without locks nobody does."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def forget(folder: Path) -> None:
-    """Remove what an earlier training left; what a killed one left half-written too."""
+    """Remove what an earlier training left; what a killed one left half-written too. Needs the lock."""
     for path in (folder / NAME, *folder.glob(f".{NAME}.*.part")):
         path.unlink(missing_ok=True)

@@ -11,44 +11,12 @@ from typing import Any
 import numpy as np
 
 from kmerge.data import Batch
-from kmerge.errors import DataError
-from kmerge.methods.registry import Array
+from kmerge.errors import DataError, KmergeError
+from kmerge.tune.columns import Column, column_of
 from kmerge.tune.processes import Processes
-from kmerge.tune.teachers import Passes
+from kmerge.tune.teachers import Passes, Streamed
 
-
-@dataclass(frozen=True)
-class Column:
-    """What a head learns from: dtype and shape per row; None for a free size."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | None, ...]
-
-    def missing(self, rows: int) -> Array:
-        """Labels that are not there."""
-        shape = (rows, *(size or 1 for size in self.shape))
-        return np.full(shape, -1, self.dtype) if self.dtype.startswith("int") else np.full(shape, np.nan, self.dtype)
-
-    def read(self, values: Any) -> Array:
-        """Labels as given, in the dtype of this column; −1 where they are NaN.
-
-        Raises:
-            DataError: if they are no numbers, or class numbers are not whole.
-        """
-        array = np.asarray(values)
-        if array.dtype.kind not in "biuf":
-            raise DataError(
-                f"The labels of '{self.name}' are {array.dtype}: expected numbers; give classes as whole numbers."
-            )
-        if self.dtype.startswith("int"):
-            if array.dtype.kind == "f":
-                array = np.where(np.isnan(array), -1, array)
-                if not np.all(array == np.floor(array)):
-                    raise DataError(f"The labels of '{self.name}' are not whole: expected numbers of classes.")
-        elif array.ndim == 1 and len(self.shape) == 1:
-            array = array[:, None]
-        return array.astype(self.dtype)
+__all__ = ["Column", "Feed", "Part", "column_of", "count_rows", "shares"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +41,8 @@ class Part:
 
 
 def count_rows(data: Passes) -> int:
-    """How many rows a data set has, by a pass where it does not say."""
+    """How many rows a data set has, by a pass where it does not say; no teacher is asked for that."""
+    data = data.data if isinstance(data, Streamed) else data
     return data.rows if data.rows is not None else sum(len(batch.inputs[0]) for batch in data.batches(256))
 
 
@@ -88,7 +57,7 @@ def shares(size: int, ratio: Sequence[float]) -> list[int]:
 
 
 class Feed:
-    """Batches as `fit` takes them: inputs, labels by head, and weights by head where there are any.
+    """Batches as `fit` takes them: inputs, labels by head, and weights by head.
 
     Args:
         parts: data sets; several are mixed within each batch where their rows have one shape, and take turns where
@@ -97,6 +66,9 @@ class Feed:
         copies: how often a model with separate inputs takes what is given.
         seed: of the order of the rows.
         processes: of which this is one, and takes its rows of each batch.
+
+    Attributes:
+        failure: what went wrong while rows were read; Keras raises an error of its own for it.
     """
 
     def __init__(
@@ -110,7 +82,7 @@ class Feed:
         self.processes = processes
         self.parts, self.columns, self.copies, self.seed = tuple(parts), tuple(columns), copies, seed
         firsts = [_first(part) for part in self.parts]
-        self.weighted = any(batch.weights for batch in firsts)
+        self.failure: KmergeError | None = None
         shapes = {tuple(array.shape[1:] for array in batch.inputs) for batch in firsts}
         self.together = len(shapes) == 1
         longest = max(part.steps for part in self.parts)
@@ -118,7 +90,7 @@ class Feed:
 
     def stream(self, step: int = 0) -> Iterator[Any]:
         """This process's part of batches without end, from a step on."""
-        yield from map(self.processes.own, self.whole(step))
+        yield from map(self.processes.own, self._told(self.whole(step)))
 
     def whole(self, step: int = 0) -> Iterator[Any]:
         """Batches without end, from a step on."""
@@ -134,7 +106,14 @@ class Feed:
 
     def own(self) -> Iterator[Any]:
         """This process's part of `once`."""
-        yield from map(self.processes.own, self.once())
+        yield from map(self.processes.own, self._told(self.once()))
+
+    def _told(self, batches: Iterator[Any]) -> Iterator[Any]:
+        try:
+            yield from batches
+        except KmergeError as error:
+            self.failure = error
+            raise
 
     def once(self) -> Iterator[Any]:
         """All rows of all parts, one part after the other, in order."""
@@ -157,21 +136,15 @@ class Feed:
             found, sums = [], []
             for (part, batch), count in zip(batches, rows, strict=True):
                 own = column.name in part.heads and column.name in batch.targets
-                found.append(column.read(batch.targets[column.name]) if own else column.missing(count))
+                found.append(column.read(batch.targets[column.name]) if own else None)
                 given = batch.weights.get(column.name) if own else None
                 sums.append(np.ones(count, np.float32) if given is None else np.asarray(given, np.float32))
-            labels[column.name], weights[column.name] = _stacked(found), np.concatenate(sums)
+            shape = next((y.shape[1:] for y in found if y is not None), None)
+            filled = [column.missing(n, shape) if y is None else y for y, n in zip(found, rows, strict=True)]
+            labels[column.name], weights[column.name] = np.concatenate(filled), np.concatenate(sums)
         repeated = inputs * self.copies
         x = repeated[0] if len(repeated) == 1 else tuple(repeated)
-        return (x, labels, weights) if self.weighted else (x, labels)
-
-
-def _stacked(arrays: Sequence[Array]) -> Array:
-    """Labels of several parts; missing ones take the shape of those that are there."""
-    if len({array.shape[1:] for array in arrays}) > 1:
-        shape = max((array.shape[1:] for array in arrays), key=math.prod)
-        arrays = [np.broadcast_to(array, (len(array), *shape)) for array in arrays]
-    return np.concatenate(arrays)
+        return x, labels, weights
 
 
 def _first(part: Part) -> Batch:

@@ -16,6 +16,7 @@ from kmerge.progress import Progress, silent, tell
 from kmerge.tune.checkpoint import State, save_state
 
 Scores = dict[str, float]
+TIME_IS_UP = "the time was up"
 
 
 @dataclass(eq=False)
@@ -57,6 +58,7 @@ class Course:
         history: values per epoch, by name.
         best: weights of the best state; None: the state at the start.
         best_score, best_epoch: of it; epoch 0 is the start.
+        done: whether it ended.
         stopped: why it ended early; "" where it did not.
     """
 
@@ -115,7 +117,7 @@ def _keeper_class() -> Any:
             watch.progress(course.step, watch.total)
             late = watch.deadline is not None and course.seconds >= watch.deadline
             if late or course.step >= watch.total:
-                course.stopped = course.stopped or ("the time was up" if late and course.step < watch.total else "")
+                course.stopped = course.stopped or (TIME_IS_UP if late and course.step < watch.total else "")
                 self.model.stop_training = True
             elif watch.folder is not None and now - self.saved >= watch.every and course.step % watch.steps:
                 self._save()
@@ -133,6 +135,14 @@ def _keeper_class() -> Any:
             course.done = course.done or course.step >= watch.total or bool(course.stopped)
             if watch.folder is not None:
                 self._save()
+
+        def end(self) -> None:
+            """Keep that a callback ended the training, for a call that would go on."""
+            watch, course = self.watch, self.course
+            if course.done and course.step < watch.total and not course.stopped:
+                course.stopped = "a callback ended it"
+                if watch.folder is not None:
+                    self._save()
 
         def _judge(self, epoch: int, logs: Mapping[str, Any]) -> None:
             watch, course = self.watch, self.course
@@ -159,9 +169,13 @@ def _keeper_class() -> Any:
                 "best": course.best or [],
             }
             assert self.watch.folder is not None
-            save_state(
-                self.watch.folder, State({"course": course.facts(), "total": self.watch.total}, groups), self.watch.mark
-            )
+            deadline = self.watch.deadline
+            facts = {
+                "course": course.facts(),
+                "total": self.watch.total,
+                "minutes": None if deadline is None else deadline / 60,
+            }
+            save_state(self.watch.folder, State(facts, groups), self.watch.mark)
 
     return Keeper
 

@@ -9,6 +9,8 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
+from kmerge.errors import PlanError
+
 ENTRYWISE = frozenset(
     {
         *("MeanSquaredError", "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredLogarithmicError"),
@@ -16,6 +18,21 @@ ENTRYWISE = frozenset(
     }
 )
 """Losses that are the mean over the entries of a row: each entry may be missing by itself."""
+ENTRYWISE_METRICS = frozenset(
+    {
+        *("MeanSquaredError", "MeanAbsoluteError", "MeanAbsolutePercentageError", "MeanSquaredLogarithmicError"),
+        *("RootMeanSquaredError", "LogCoshError", "Poisson", "Hinge", "SquaredHinge"),
+        *("BinaryAccuracy", "BinaryCrossentropy", "Accuracy"),
+    }
+)
+"""Metrics that are the mean over the entries of a row; all others see whole rows, or none of one with a gap."""
+COUNTS = frozenset(
+    {
+        *("AUC", "Precision", "Recall", "TruePositives", "TrueNegatives", "FalsePositives", "FalseNegatives"),
+        *("PrecisionAtRecall", "RecallAtPrecision", "SensitivityAtSpecificity", "SpecificityAtSensitivity"),
+    }
+)
+"""Metrics that count entries, and take a weight for each."""
 OVER_CLASSES = frozenset(
     {
         *("BinaryCrossentropy", "BinaryFocalCrossentropy"),
@@ -58,6 +75,14 @@ def is_sparse(loss: Any) -> bool:
     return loss_name(loss) == "SparseCategoricalCrossentropy"
 
 
+def is_keras_own(loss: Any) -> bool:
+    """Whether a loss is one of Keras's own classes, and so takes labels of its output's shape."""
+    import keras
+
+    kind = type(getattr(loss, "inner", loss))
+    return getattr(keras.losses, kind.__name__, None) is kind and kind.__name__ != "CTC"
+
+
 def loss_name(loss: Any) -> str:
     """The class of a loss, of what is inside a masked one."""
     return type(getattr(loss, "inner", loss)).__name__
@@ -68,8 +93,10 @@ def _classes() -> SimpleNamespace:
     import keras
     from keras import ops
 
-    def known(y_true: Any, y_pred: Any, name: str) -> tuple[Any, Any, Any]:
-        """Labels with 0 where there is none, predictions, and 1 where there is one, shaped as the loss's values."""
+    def known(y_true: Any, y_pred: Any, name: str, entrywise: bool, apart: bool = True) -> tuple[Any, Any, Any]:
+        """Labels with 0 where there is none, predictions, and 1 where there is one, shaped as the values of the loss
+        `name` or of a metric: one per entry (`apart`: each a row of its own), or one per row.
+        """
         y_pred = ops.convert_to_tensor(y_pred)
         y_true = ops.convert_to_tensor(y_true)
         whole = "int" in keras.backend.standardize_dtype(y_true.dtype)
@@ -80,12 +107,15 @@ def _classes() -> SimpleNamespace:
         if name == "SparseCategoricalCrossentropy":
             if len(labels.shape) == len(y_pred.shape):
                 labels, there = ops.squeeze(labels, -1), ops.squeeze(there, -1)
-        elif name in ENTRYWISE:
+        elif entrywise:
             if len(labels.shape) == len(y_pred.shape) - 1:
                 labels, there = ops.expand_dims(labels, -1), ops.expand_dims(there, -1)
-            labels, y_pred = ops.expand_dims(labels, -1), ops.expand_dims(y_pred, -1)
+            if apart:
+                labels, y_pred = ops.expand_dims(labels, -1), ops.expand_dims(y_pred, -1)
         else:
-            there = ops.all(there, axis=-1)
+            if len(labels.shape) == len(y_pred.shape) - 1 and y_pred.shape[-1] == 1:
+                labels, there = ops.expand_dims(labels, -1), ops.expand_dims(there, -1)
+            there = ops.all(there, axis=-1) if len(there.shape) > 1 else there
         return labels, y_pred, ops.cast(there, "float32")
 
     def weighted(there: Any, sample_weight: Any, mask: Any) -> Any:
@@ -101,6 +131,8 @@ def _classes() -> SimpleNamespace:
 
     def mean(values: Any, weights: Any) -> Any:
         values = ops.cast(values, "float32")
+        while len(weights.shape) < len(values.shape):
+            weights = ops.expand_dims(weights, -1)
         weights = weights * ops.ones_like(values)
         total = ops.sum(weights)
         return ops.sum(ops.where(weights > 0, values, ops.zeros_like(values)) * weights) / ops.maximum(total, 1e-12)
@@ -112,30 +144,37 @@ def _classes() -> SimpleNamespace:
 
         def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
             mask = getattr(y_pred, "_keras_mask", None)
-            labels, predictions, there = known(y_true, y_pred, loss_name(self.inner))
+            labels, predictions, there = self._known(y_true, y_pred)
             values = self.inner.call(labels, ops.cast(predictions, "float32"))
+            if len(values.shape) == 0:
+                raise PlanError(
+                    f"The loss '{self.inner.name}' gives one number for a whole batch, so that missing labels would "
+                    "count: let it give one for each row, such as a mean over axis -1."
+                )
             return mean(values, weighted(there, sample_weight, mask))
 
         def call(self, y_true: Any, y_pred: Any) -> Any:
             return self(y_true, y_pred)
 
-        def count(self, y_true: Any, y_pred: Any) -> Any:
-            """How many labels there are."""
-            return ops.sum(known(y_true, y_pred, loss_name(self.inner))[2])
-
         def labels(self, y_true: Any, y_pred: Any, sample_weight: Any) -> Any:
             """By what the sum of the values is divided: the weights of the labels that are there."""
             mask = getattr(y_pred, "_keras_mask", None)
-            return ops.sum(weighted(known(y_true, y_pred, loss_name(self.inner))[2], sample_weight, mask))
+            return ops.sum(weighted(self._known(y_true, y_pred)[2], sample_weight, mask))
+
+        def _known(self, y_true: Any, y_pred: Any) -> tuple[Any, Any, Any]:
+            name = loss_name(self.inner)
+            return known(y_true, y_pred, name, name in ENTRYWISE)
 
     class MaskedMetric(keras.metrics.Metric):  # type: ignore[misc]
         def __init__(self, inner: Any, loss: Any) -> None:
             super().__init__(name=inner.name)
             self.inner, self.loss = inner, loss_name(loss)
+            kind = type(inner).__name__
+            self.entrywise, self.apart = kind in ENTRYWISE_METRICS | COUNTS, kind not in COUNTS
 
         def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
             mask = getattr(y_pred, "_keras_mask", None)
-            labels, predictions, there = known(y_true, y_pred, self.loss)
+            labels, predictions, there = known(y_true, y_pred, self.loss, self.entrywise, self.apart)
             self.inner.update_state(labels, predictions, sample_weight=weighted(there, sample_weight, mask))
 
         def result(self) -> Any:
@@ -171,9 +210,6 @@ def _classes() -> SimpleNamespace:
 
         def call(self, y_true: Any, y_pred: Any) -> Any:
             return self(y_true, y_pred)
-
-        def count(self, y_true: Any, y_pred: Any) -> Any:
-            return ops.cast(ops.shape(y_true)[0], "float32")
 
         def labels(self, y_true: Any, y_pred: Any, sample_weight: Any) -> Any:
             return ops.sum(self._weights(ops.cast(y_true, "float32"), sample_weight))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kmerge.data import generator
 from kmerge.errors import PlanError
 
 
@@ -66,7 +67,9 @@ def check_train(train: str | None) -> tuple[str, int]:
     raise PlanError(f"--train is '{train}': expected all, heads, or last:K, such as last:2 for the last two layers.")
 
 
-def set_moving(model: Any, parts: Parts, train: str | None, adapters: int | None, fixed: bool) -> tuple[str, ...]:
+def set_moving(
+    model: Any, parts: Parts, train: str | None, adapters: int | None, fixed: bool, seed: int = 0
+) -> tuple[str, ...]:
     """Freeze what is not to move, in a copy of the model; before it is compiled.
 
     Args:
@@ -75,6 +78,7 @@ def set_moving(model: Any, parts: Parts, train: str | None, adapters: int | None
         train: "all", "heads", "last:K" (heads and the last K layers of the trunk); None: what its layers say.
         adapters: rank of adapters that move in place of the heads' kernels.
         fixed: keep the statistics of every BatchNormalization.
+        seed: of the adapters.
 
     Returns:
         Notes for people.
@@ -89,7 +93,7 @@ def set_moving(model: Any, parts: Parts, train: str | None, adapters: int | None
         for layer in (*parts.trunk, *parts.heads):
             layer.trainable = id(layer) in ids
     if adapters:
-        adapted = [layer for layer in parts.heads if _adapt(layer, adapters)]
+        adapted = [layer for layer in parts.heads if _adapt(layer, adapters, seed)]
         if not adapted:
             notes.append("no head has a layer that takes adapters, so its weights move as they are")
     if fixed:
@@ -107,11 +111,14 @@ def keep_statistics(layer: Any) -> None:
         variable.trainable = True
 
 
-def _adapt(layer: Any, rank: int) -> bool:
+def _adapt(layer: Any, rank: int, seed: int) -> bool:
     """Give a layer low-rank adapters, whose bias moves as before."""
     if not hasattr(layer, "enable_lora") or not layer.built or not layer.trainable:
         return False
-    layer.enable_lora(rank)
+    import keras
+
+    own = int(generator(seed, f"adapter/{layer.path}").integers(2**31))
+    layer.enable_lora(rank, a_initializer=keras.initializers.HeUniform(own))
     return True
 
 
@@ -159,7 +166,8 @@ def rates(parts: Parts, trunk_rate: float, decay: float) -> dict[str, float]:
     found: dict[str, float] = {}
     factor = trunk_rate
     for layer in reversed(parts.trunk):
-        found |= {variable.path: factor for variable in layer.trainable_variables}
+        # Not `trainable_variables`, which leaves out what moves in a layer that keeps its statistics.
+        found |= {variable.path: factor for variable in layer.variables if variable.trainable}
         factor *= decay
     return {path: rate for path, rate in found.items() if rate != 1}
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kmerge.errors import PlanError
+from kmerge.live import one_line
 from kmerge.tune.heads import Head
 from kmerge.tune.losses import is_sparse, loss_name
 
@@ -36,14 +38,15 @@ def losses_of(heads: Sequence[Head], given: Any, training: Mapping[str, Any], no
         if head.name in asked:
             found[head.name] = _loss(asked[head.name], head.name)
             continue
-        recorded = _recorded(training.get(head.label), "loss", head)
+        recorded = _recorded(training.get(head.label), "loss", head, heads)
         loss = None if recorded is None else _known("losses", recorded)
         if loss is None:
+            why = "has no loss that its source was trained with"
+            if recorded is not None:
+                why = f"was trained with {_named(recorded)}, which is not a loss of Keras's that can be made anew"
             name = {"softmax": "sparse_categorical_crossentropy", "sigmoid": "binary_crossentropy"}.get(head.ending)
             loss = _loss(name or "mean_squared_error", head.name)
-            notes.append(
-                f"'{head.name}' has no loss that its source was trained with, and takes {loss.name}: --loss says others"
-            )
+            notes.append(f"'{head.name}' {why}, and takes {loss.name}: --loss says others")
         found[head.name] = loss
     return found
 
@@ -64,7 +67,7 @@ def metrics_of(
             wanted = asked[head.name] if isinstance(asked[head.name], (list, tuple)) else [asked[head.name]]
             found[head.name] = [_metric(item, loss, head.name) for item in wanted]
             continue
-        recorded = _flat(_recorded(training.get(head.label), "metrics", head))
+        recorded = _flat(_recorded(training.get(head.label), "metrics", head, heads))
         made = [metric for item in recorded if (metric := _known_metric(item, loss)) is not None]
         if not made and loss_name(loss) in _ACCURACY:
             made = [_known_metric("accuracy", loss)]
@@ -88,17 +91,59 @@ def _by_head(heads: Sequence[Head], given: Any, what: str) -> dict[str, Any]:
     return found
 
 
-def _recorded(training: Any, key: str, head: Head) -> Any:
-    """What a training configuration says of one of its outputs."""
+def training_of(
+    heads: Sequence[Head], training: Mapping[str, Any], own: Mapping[str, Any] | None
+) -> dict[str, Mapping[str, Any] | None]:
+    """A training configuration per head: its source's, or what the model's own says of that output.
+
+    Args:
+        heads: of the model.
+        training: of each source, by label.
+        own: of the model itself.
+    """
+    found: dict[str, Mapping[str, Any] | None] = {head.label: training.get(head.label) for head in heads}
+    for head in heads:
+        if found[head.label] is None and isinstance(own, Mapping):
+            found[head.label] = {
+                key: _of_output(own.get(key), (head.name,), head.place, len(heads)) for key in ("loss", "metrics")
+            }
+    return found
+
+
+def _recorded(training: Any, key: str, head: Head, heads: Sequence[Head]) -> Any:
+    """What a source's training configuration says of one of its outputs."""
     if not isinstance(training, Mapping):
         return None
-    value = training.get(key)
+    count = sum(other.label == head.label for other in heads)
+    return _of_output(training.get(key), (head.name.removeprefix(f"{head.label}_"), head.name), head.number, count)
+
+
+def _of_output(value: Any, names: Sequence[str], place: int, count: int) -> Any:
+    """What is said of one output: by its name in a dictionary, by its place in a list, or of all of them.
+
+    Args:
+        value: what is said.
+        names: of the output.
+        place: of the output.
+        count: of all outputs.
+    """
     if isinstance(value, Mapping) and "class_name" not in value:
-        values = list(value.values())
-        return values[head.number] if head.number < len(values) else None
-    if isinstance(value, list) and key == "loss":
-        return value[head.number] if head.number < len(value) else None
+        for name in names:
+            if name in value:
+                return value[name]
+        return next(iter(value.values())) if count == len(value) == 1 else None
+    if isinstance(value, (list, tuple)) and count > 1 and len(value) == count:
+        return value[place]
     return value
+
+
+def _named(recorded: Any) -> str:
+    """For people: what a stored loss is called."""
+    if isinstance(recorded, Mapping):
+        own = recorded.get("config")
+        name = own if isinstance(own, str) else recorded.get("registered_name") or recorded.get("class_name")
+        return f"'{name}'"
+    return f"'{recorded}'" if isinstance(recorded, str) else f"a {type(recorded).__name__}"
 
 
 def _flat(value: Any) -> list[Any]:
@@ -120,8 +165,12 @@ def _loss(value: Any, head: str) -> Any:
         return found
     if isinstance(value, keras.losses.Loss):
         return value
+    if isinstance(value, type) and issubclass(value, keras.losses.Loss):
+        return value()
     if callable(value):
-        return _function(value)
+        name = getattr(value, "__name__", "")
+        keras_own = getattr(keras.losses, name or "_", None) is value
+        return (_known("losses", name) if keras_own else None) or _function(value)
     raise PlanError(f"The loss of '{head}' is a {type(value).__name__}: expected a name, a function or a Keras loss.")
 
 
@@ -151,24 +200,27 @@ def _known(kind: str, value: Any) -> Any:
             if value in ("function", "LossFunctionWrapper", "MeanMetricWrapper"):
                 inner = config.get("fn", config.get("name"))
                 value = inner.get("config") if isinstance(inner, Mapping) else inner
-                config = {}
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
     if not isinstance(value, str):
         return None
     base = keras.losses.Loss if kind == "losses" else keras.metrics.Metric
-    found = getattr(module, value.rpartition(".")[2].removeprefix("keras.") or "_", None)
-    if not (isinstance(found, type) and issubclass(found, base)):
-        name = "".join(part.capitalize() for part in _SHORT.get(value, value).split("_"))
-        found = getattr(module, name, None)
-    if not (isinstance(found, type) and issubclass(found, base)) or found is base:
+    wanted = value.rpartition(".")[2]
+    wanted = _SHORT.get(wanted, wanted).replace("_", "").lower()
+    classes = {name.lower(): found for name, found in vars(module).items() if isinstance(found, type)}
+    found = classes.get(wanted)
+    if found is None or not issubclass(found, base) or found is base:
         return None
-    allowed = {key: config[key] for key in _KEPT if key in config}
+    settings = {key: item for key, item in config.items() if key not in _NAMING and item is not None}
+    if not settings.keys() <= inspect.signature(found).parameters.keys():
+        return None  # a setting that would be lost
     try:
-        return found(**allowed)
+        return found(**settings)
     except (TypeError, ValueError):
         return None
 
 
-_KEPT = ("from_logits", "label_smoothing", "delta", "alpha", "gamma", "threshold", "k", "num_thresholds", "curve")
+_NAMING = frozenset({"name", "reduction", "dtype", "fn"})
 _SHORT = {
     "mse": "mean_squared_error",
     "mae": "mean_absolute_error",
@@ -203,10 +255,25 @@ def _metric(value: Any, loss: Any, head: str) -> Any:
     import keras
 
     if isinstance(value, keras.metrics.Metric):
-        return value
+        return _anew(value, head)
     found = _known_metric(value, loss) if isinstance(value, str) else None
     if found is None and callable(value):
         return keras.metrics.MeanMetricWrapper(value, name=getattr(value, "__name__", "metric"))
     if found is None:
         raise PlanError(f"The metric {value!r} of '{head}' is none of Keras's that fits its loss.")
     return found
+
+
+def _anew(metric: Any, head: str) -> Any:
+    """A metric of the same settings that has counted nothing: each head has its own, and the user's stays as it is."""
+    import keras
+
+    try:
+        if type(metric) is keras.metrics.MeanMetricWrapper:  # its function need not be one that Keras can store
+            return keras.metrics.MeanMetricWrapper(metric._fn, metric.name, metric.dtype, **metric._fn_kwargs)
+        return type(metric).from_config(metric.get_config())
+    except Exception as error:
+        raise PlanError(
+            f"The metric '{metric.name}' cannot be made anew for '{head}' ({one_line(error)}): give it a get_config "
+            "with all that its constructor takes."
+        ) from error

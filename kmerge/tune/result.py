@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +43,17 @@ class Tuning:
     output: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON, as `kmerge finetune --json` prints it; without the model."""
+        """JSON, as `kmerge finetune --json` prints it; without the model, and None for what is no number."""
         values = {key: value for key, value in vars(self).items() if key != "model"}
         values |= {name: [vars(item) for item in values[name]] for name in ("before", "after")}
-        return json.loads(json.dumps(values))  # type: ignore[no-any-return]
+        found: dict[str, Any] = _finite(json.loads(json.dumps(values)))
+        return found
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -98,17 +98,33 @@ def _student_class() -> Any:
             for name, loss in self.head_losses.items():
                 weight = sample_weight.get(name) if sample_weight is not None else None
                 value = loss(y[name], y_pred[name], weight)
-                self.loss_trackers[name].update_state(value, sample_weight=loss.count(y[name], y_pred[name]))
+                self.loss_trackers[name].update_state(value, sample_weight=loss.labels(y[name], y_pred[name], weight))
                 found.append(value)
             return found
 
-        def together(self, parts: Sequence[Any], share: float = 1.0) -> Any:
-            """The losses of all heads as one; `share` is this process's of what does not come from rows."""
+        def present(self, y: Any, y_pred: Any, sample_weight: Any) -> list[Any]:
+            """For each head 1 where a batch holds labels for it, else 0."""
+            found = []
+            for name, loss in self.head_losses.items():
+                weight = sample_weight.get(name) if sample_weight is not None else None
+                found.append(ops.cast(loss.labels(y[name], y_pred[name], weight) > 0, "float32"))
+            return found
+
+        def together(self, parts: Sequence[Any], present: Sequence[Any] | None = None, share: float = 1.0) -> Any:
+            """The losses of all heads as one.
+
+            Args:
+                parts: loss of each head.
+                present: 1 for each head that there are labels for, else 0; None for all of them.
+                share: this process's of what does not come from rows.
+            """
+            present = [1.0] * len(parts) if present is None else present
             if self.weighting == "uncertainty":
                 total = 0.0
                 for number, (name, value) in enumerate(zip(self.head_losses, parts, strict=True)):
                     half = 0.5 if name in self.halves else 1.0
-                    total += half * ops.exp(-self.balance[number]) * value + 0.5 * share * self.balance[number]
+                    total += half * ops.exp(-self.balance[number]) * value
+                    total += 0.5 * share * present[number] * self.balance[number]
                 return total
             total = 0.0
             for number, (name, value) in enumerate(zip(self.head_losses, parts, strict=True)):
@@ -124,19 +140,24 @@ def _student_class() -> Any:
             sample_weight: Any = None,
             training: bool = True,
         ) -> Any:
-            total = self.together(self.parts(y, y_pred, sample_weight))
+            parts = self.parts(y, y_pred, sample_weight)
+            present = self.present(y, y_pred, sample_weight) if self.weighting == "uncertainty" else None
+            total = self.together(parts, present)
             for loss in self.losses:
                 total += ops.cast(loss, "float32")
             return total
 
         # ------------------------------------------------------------------------------- gradients of each head
 
-        def combined(self, parts: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[Any]:
+        def combined(
+            self, parts: Sequence[Any], rows: Sequence[Sequence[Any]], present: Sequence[Any] | None = None
+        ) -> list[Any]:
             """One gradient per variable from those of each head.
 
             Args:
                 parts: loss of each head.
                 rows: gradients of each head, per trainable variable.
+                present: 1 for each head that there are labels for, else 0; None for all of them.
             """
             if self.weighting == "pcgrad":
                 return self._projected(
@@ -146,7 +167,7 @@ def _student_class() -> Any:
             gradients = [
                 _sum([f * g for f, g in zip(factors, column, strict=True)]) for column in zip(*rows, strict=True)
             ]
-            self._rebalance(parts, rows)
+            self._rebalance(parts, rows, [1.0] * len(parts) if present is None else present)
             return gradients
 
         def _projected(self, rows: list[list[Any]]) -> list[Any]:
@@ -166,22 +187,28 @@ def _student_class() -> Any:
                 moved.append(result)
             return [_sum(column) for column in zip(*moved, strict=True)]
 
-        def _rebalance(self, parts: Sequence[Any], rows: Sequence[Sequence[Any]]) -> None:
-            """GradNorm: weights so that heads which learn slowly have the larger gradients at the last shared layer."""
+        def _rebalance(self, parts: Sequence[Any], rows: Sequence[Sequence[Any]], present: Sequence[Any]) -> None:
+            """GradNorm: weights so that heads which learn slowly have the larger gradients at the last shared layer;
+            among those that there are labels for, whose weights keep their sum.
+            """
             ids = {id(variable) for variable in self._shared}
             places = [place for place, variable in enumerate(self.trainable_weights) if id(variable) in ids]
             places = places or list(range(len(self.trainable_weights)))
             norms = ops.stack([ops.sqrt(_sum([ops.sum(ops.square(row[p])) for p in places]) + 1e-12) for row in rows])
             losses = ops.stack([ops.cast(part, "float32") for part in parts])
             first, balance = ops.convert_to_tensor(self.first), ops.convert_to_tensor(self.balance)
-            first = ops.where(first > 0, first, ops.maximum(losses, 1e-8))
+            there = ops.stack([ops.cast(item, "float32") for item in present])
+            count = ops.maximum(ops.sum(there), 1.0)
+            first = ops.where((first > 0) | (there == 0), first, ops.maximum(losses, 1e-8))
             self.first.assign(first)
-            rates = losses / first
-            rates = rates / ops.maximum(ops.mean(rates), 1e-8)
-            now = balance * norms
-            wanted = ops.mean(now) * rates**ALPHA
-            moved = ops.maximum(balance - STEP * ops.sign(now - wanted) * norms / ops.mean(norms), 1e-3)
-            self.balance.assign(moved * len(parts) / ops.sum(moved))
+            rates = there * losses / ops.maximum(first, 1e-8)
+            rates = rates / ops.maximum(ops.sum(rates) / count, 1e-8)
+            now, norms = there * balance * norms, there * norms
+            wanted = ops.sum(now) / count * rates**ALPHA
+            step = STEP * ops.sign(now - wanted) * norms * count / ops.maximum(ops.sum(norms), 1e-12)
+            moved = ops.maximum(balance - step, 1e-3)
+            scale = ops.sum(there * balance) / ops.maximum(ops.sum(there * moved), 1e-12)
+            self.balance.assign(ops.where(there > 0, moved * scale, balance))
 
         def train_step(self, *given: Any) -> Any:
             if self.weighting not in ("gradnorm", "pcgrad"):
@@ -215,7 +242,8 @@ def _tensorflow_step(model: Any, data: Any) -> Any:
     rows = [
         [tf.convert_to_tensor(g) for g in tape.gradient(part, values, unconnected_gradients=none)] for part in parts
     ]
-    gradients = model.combined(parts, rows)
+    present = model.present(y, y_pred, sample_weight)
+    gradients = model.combined(parts, rows, present)
     if rest is not None:
         more = tape.gradient(rest, values, unconnected_gradients=none)
         gradients = [one + tf.convert_to_tensor(two) for one, two in zip(gradients, more, strict=True)]
@@ -245,7 +273,7 @@ def _torch_step(model: Any, data: Any) -> Any:
     rest = _sum(extra) if extra else None
     more = gradients_of(rest) if rest is not None else None
     with torch.no_grad():
-        gradients = model.combined(parts, rows)
+        gradients = model.combined(parts, rows, model.present(y, y_pred, sample_weight))
         if more is not None:
             gradients = [one + two for one, two in zip(gradients, more, strict=True)]
         model.optimizer.apply(gradients, variables)
@@ -280,7 +308,7 @@ def _jax_step(model: Any, state: Any, data: Any) -> Any:
     ]
     with keras.StatelessScope(mapping) as scope:
         total = model.together(parts) + losses[count]
-        gradients = model.combined(parts, rows)
+        gradients = model.combined(parts, rows, model.present(y, y_pred, sample_weight))
     others = [_current(scope, v, value) for v, value in zip(model.non_trainable_variables, others, strict=True)]
     gradients = [one + gradient[count] for one, gradient in zip(gradients, jacobian, strict=True)]
     trainable, optimizer = model.optimizer.stateless_apply(optimizer, gradients, trainable)

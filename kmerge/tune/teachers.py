@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, Protocol
 
 import numpy as np
 
-from kmerge.data import Batch, generator
+from kmerge.data import Batch, generator, row_digests
 from kmerge.errors import MergeError, PlanError
 from kmerge.live import one_line, quiet
 from kmerge.methods.registry import Array
 from kmerge.tune.heads import Head, ending_of, logits_of
 from kmerge.tune.processes import Processes
+from kmerge.tune.stored import Budget, Rows, Store
 from kmerge.tune.workers import predicted
 
 BATCH = 256
@@ -36,6 +37,16 @@ class Passes(Protocol):
     def batches(self, size: int, seed: int | None = None, start: int = 0) -> Iterator[Batch]: ...
 
 
+class Enriching(Passes, Protocol):
+    """Given rows, and made ones after them, of which each pass takes some."""
+
+    @property
+    def given(self) -> int: ...
+
+    @property
+    def taken(self) -> int: ...
+
+
 def features_name(label: str) -> str:
     """Under which name the features of a source's trunk are taught."""
     return f"{label}/features"
@@ -54,9 +65,14 @@ class Teachers:
     models: Sequence[Any]
     names: Sequence[tuple[str, ...]]
     processes: Processes = Processes()  # noqa: RUF009
+    _lock: Lock = field(default_factory=Lock, init=False)
 
     def of(self, inputs: tuple[Array, ...]) -> dict[str, Array]:
         """What they give on a batch: by the name of the output, shapes (rows, ...)."""
+        with self._lock:  # Keras reads ahead from a thread of its own, while held-back rows are measured
+            return self._of(inputs)
+
+    def _of(self, inputs: tuple[Array, ...]) -> dict[str, Array]:
         found: dict[str, Array] = {}
         given = inputs[0] if len(inputs) == 1 else list(inputs)
         for model, names in zip(self.models, self.names, strict=True):
@@ -138,14 +154,14 @@ def _find(model: Any, name: str) -> Any:
     return None
 
 
-def spread(teachers: Teachers, data: Passes, seed: int) -> dict[str, float]:
-    """The variance of what the teachers give, each entry centred, on some rows."""
+def spread(data: Taught, seed: int) -> dict[str, float]:
+    """The variance of what was taught, each entry centred, on some rows."""
     rows: dict[str, list[Array]] = {}
     seen = 0
-    for batch in data.batches(BATCH, seed):
-        for name, values in teachers.of(batch.inputs).items():
+    for batch in data.sample(BATCH, seed):
+        for name, values in batch.targets.items():
             rows.setdefault(name, []).append(values)
-        seen += len(batch.inputs[0])
+        seen += batch.rows
         if seen >= SAMPLE:
             break
     found = {}
@@ -158,64 +174,102 @@ def spread(teachers: Teachers, data: Passes, seed: int) -> dict[str, float]:
 # ------------------------------------------------------------------------------------------------- what they taught
 
 
-def taught(data: Passes, teachers: Teachers, folder: Path, limit: int, seed: int) -> Passes:
+class Taught(Passes, Protocol):
+    """Data with what the teachers gave as targets."""
+
+    def sample(self, size: int, seed: int) -> Iterator[Batch]:
+        """Rows to look at; as many as are asked for, of one pass."""
+
+
+FOR_PAIRS, FOR_ROWS = 0.25, 0.5
+"""Share of the time that asking the teachers may take, with rows made of pairs and without."""
+
+
+def taught(
+    data: Passes,
+    teachers: Teachers,
+    folder: Path,
+    budget: Budget,
+    seed: int,
+    late: Callable[[float], bool] = lambda share: False,
+    more: Enriching | None = None,
+) -> Taught:
     """Data with what the teachers give as targets.
 
-    Where rows and targets fit into `limit` bytes, both are kept on disk, so that each pass may have an order of its
-    own. Where they do not, passes have one order, and of it as many targets are kept as fit.
+    Where rows and targets fit into the budget, both are kept on disk, so that each pass may have an order of its own;
+    with `more`, rows made of pairs too. Where they do not, or it gets late, the teachers are asked in each pass, but
+    for as many rows as are kept.
+
+    Args:
+        data: the rows.
+        teachers: who are asked.
+        folder: for what they give.
+        budget: how much of it is kept.
+        seed: of the order of data that are not kept.
+        late: whether a share of the time that there is has passed.
+        more: the same rows, and made ones after them.
     """
-    kept = _keep(data, teachers, folder, limit)
-    return kept if kept is not None else Streamed(data, teachers, folder, limit, seed)
+    if more is not None:
+        kept = _keep(more, teachers, folder, budget, lambda rows: rows >= more.given and late(FOR_PAIRS), True)
+        if kept is not None:
+            made = len(kept.inputs[0]) - more.given
+            told = f"{data.description}, with {made:,} more made of pairs of them" if made else data.description
+            return replace(kept, given=more.given, taken=min(more.taken, made), description=told)
+    # Fewer rows than their spread is told from are asked for in any case.
+    kept = _keep(data, teachers, folder, budget, lambda rows: rows >= SAMPLE and late(FOR_ROWS), False)
+    return kept if kept is not None else Streamed(data, teachers, folder, budget, seed)
 
 
-def _keep(data: Passes, teachers: Teachers, folder: Path, limit: int) -> Kept | None:
-    store = _Store(folder)
-    try:
-        for batch in data.batches(BATCH):
-            if any(array.dtype.kind == "O" for array in batch.inputs):
-                return _in_memory(data, teachers)
-            values = teachers.of(batch.inputs)
-            arrays = {**{f"{number}": array for number, array in enumerate(batch.inputs)}, **values}
-            per_row = sum(array.nbytes for array in arrays.values()) / len(batch.inputs[0])
-            if max(store.rows + len(batch.inputs[0]), data.rows or 0) * per_row > limit:
-                store.close()
-                return None
-            store.append(arrays)
-        if not store.rows:
-            raise PlanError("There are no rows to learn from.")
-        columns = store.columns()
-    finally:
-        store.close()
+def _keep(
+    data: Passes, teachers: Teachers, folder: Path, budget: Budget, late: Callable[[int], bool], partly: bool
+) -> Kept | None:
+    """Rows and targets on disk; None where they do not fit, or it gets late and not even some of them would do."""
+    store = Store(folder, budget)
+    for batch in data.batches(BATCH):
+        arrays = {**{f"{number}": array for number, array in enumerate(batch.inputs)}, **teachers.of(batch.inputs)}
+        # Told by the first batch where the number of rows is known, so that the teachers are not asked in vain.
+        per_row = sum(array.nbytes for array in arrays.values() if array.dtype.kind != "O") / batch.rows
+        hopeless = not store.rows and (data.rows or 0) * per_row > budget.left
+        if hopeless or not store.append(arrays):
+            store.remove()
+            return None
+        if late(store.rows) and store.rows != data.rows:
+            if partly:
+                break
+            store.remove()
+            return None
+    if not store.rows:
+        raise PlanError("There are no rows to learn from.")
+    columns = store.columns()
     names = [name for group in teachers.names for name in group]
     inputs = tuple(columns[str(number)] for number in range(len(columns) - len(names)))
     return Kept(inputs, {name: columns[name] for name in names}, data.description)
 
 
-def _in_memory(data: Passes, teachers: Teachers) -> Kept:
-    inputs: list[tuple[Array, ...]] = []
-    values: list[dict[str, Array]] = []
-    for batch in data.batches(BATCH):
-        inputs.append(batch.inputs)
-        values.append(teachers.of(batch.inputs))
-    arrays = tuple(np.concatenate(column) for column in zip(*inputs, strict=True))
-    return Kept(arrays, {name: np.concatenate([v[name] for v in values]) for name in values[0]}, data.description)
-
-
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """Rows and targets that can be read in any order."""
+    """Rows and targets that can be read in any order.
 
-    inputs: tuple[Array, ...]
-    targets: Mapping[str, Array]
+    Attributes:
+        inputs, targets, description: of all rows.
+        given: how many of them, the first ones, are given; None for all.
+        taken: how many of the others each pass takes.
+    """
+
+    inputs: tuple[Rows, ...]
+    targets: Mapping[str, Rows]
     description: str
+    given: int | None = None
+    taken: int = 0
 
     @property
     def rows(self) -> int:
-        return len(self.inputs[0])
+        return len(self.inputs[0]) if self.given is None else self.given + self.taken
 
     def batches(self, size: int, seed: int | None = None, start: int = 0) -> Iterator[Batch]:
-        order = np.arange(self.rows) if seed is None else generator(seed, "pass").permutation(self.rows)
-        for first in range(start * size, self.rows, size):
+        """One pass: without a seed, the given rows in their order."""
+        order = self._order(seed)
+        for first in range(start * size, len(order), size):
             rows = order[first : first + size]
             yield Batch(
                 tuple(np.asarray(array[rows]) for array in self.inputs),
@@ -223,58 +277,33 @@ class Kept:
                 {},
             )
 
+    def sample(self, size: int, seed: int) -> Iterator[Batch]:
+        return self.batches(size, seed)
 
-class _Store:
-    """Arrays that grow row by row, each in a file."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-        self._files: dict[str, Any] = {}
-        self._paths: dict[str, Path] = {}
-        self._kinds: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
-        self.rows = 0
-
-    def append(self, arrays: Mapping[str, Array]) -> None:
-        for name, array in arrays.items():
-            if name not in self._files:
-                self._paths[name] = self._folder / f"column_{len(self._files)}.bin"
-                self._files[name] = self._paths[name].open("wb")
-                self._kinds[name] = (array.shape[1:], array.dtype)
-            if self._kinds[name] != (array.shape[1:], array.dtype):
-                raise PlanError("The rows have different shapes: pad them to one, so that they can be learned from.")
-            self._files[name].write(np.ascontiguousarray(array).tobytes())
-        self.rows += len(next(iter(arrays.values())))
-
-    def columns(self) -> dict[str, Array]:
-        """All rows, mapped."""
-        found: dict[str, Array] = {}
-        for name, file in self._files.items():
-            file.flush()
-            shape, dtype = self._kinds[name]
-            if math.prod((self.rows, *shape)) == 0:
-                found[name] = np.zeros((self.rows, *shape), dtype)
-                continue
-            found[name] = np.memmap(self._paths[name], dtype, "r", shape=(self.rows, *shape))
-        return found
-
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+    def _order(self, seed: int | None) -> Array:
+        every = len(self.inputs[0])
+        given = every if self.given is None else self.given
+        if seed is None:
+            return np.arange(given)
+        random = generator(seed, "pass")
+        if given == every:
+            return random.permutation(every)
+        made = given + random.choice(every - given, self.taken, replace=False)
+        return random.permutation(np.concatenate([np.arange(given), made]))
 
 
 @dataclass(eq=False)
 class Streamed:
-    """Data larger than the limit: passes in one order, so that what was taught can be found again."""
+    """Data that do not fit into the budget. All passes that are to be shuffled have one order, and all others another,
+    so that what was taught can be found again; and where a source has orders of its own, it is not taken for it.
+    """
 
     data: Passes
     teachers: Teachers
     folder: Path
-    limit: int
+    budget: Budget
     seed: int
-    _store: _Store | None = field(default=None, init=False)
-    _size: int = field(default=0, init=False)
-    _full: bool = field(default=False, init=False)
+    _places: dict[bool, _Places] = field(default_factory=dict, init=False)
 
     @property
     def rows(self) -> int | None:
@@ -286,26 +315,45 @@ class Streamed:
 
     def batches(self, size: int, seed: int | None = None, start: int = 0) -> Iterator[Batch]:
         """One pass; of `seed` matters only whether there is one."""
-        if seed is None:
-            for batch in self.data.batches(size, None, start):
-                yield Batch(batch.inputs, self.teachers.of(batch.inputs), {})
-            return
+        shuffled = seed is not None
+        if shuffled not in self._places:
+            name = "shuffled" if shuffled else "as_it_stands"
+            self._places[shuffled] = _Places(Store(self.folder / name, self.budget), self.teachers)
         row = start * size
-        for batch in self.data.batches(size, self.seed, start):
-            count = len(batch.inputs[0])
-            yield Batch(batch.inputs, self._targets(batch.inputs, row, count), {})
-            row += count
+        for batch in self.data.batches(size, self.seed if shuffled else None, start):
+            yield Batch(batch.inputs, self._places[shuffled].targets(batch.inputs, row), {})
+            row += batch.rows
 
-    def _targets(self, inputs: tuple[Array, ...], row: int, count: int) -> dict[str, Array]:
-        if self._store is not None and row + count <= self._store.rows:
-            return {name: np.array(column[row : row + count]) for name, column in self._store.columns().items()}
-        values = self.teachers.of(inputs)
-        if self._store is None:
-            self._store = _Store(self.folder)
-        if row == self._store.rows and not self._full:
-            size = sum(array.nbytes for array in values.values())
-            self._full = self._size + size > self.limit
-            if not self._full:
-                self._store.append(values)
-                self._size += size
-        return values
+    def sample(self, size: int, seed: int) -> Iterator[Batch]:
+        for batch in self.data.batches(size, seed):
+            yield Batch(batch.inputs, self.teachers.of(batch.inputs), {})
+
+
+@dataclass(eq=False)
+class _Places:
+    """What was taught at the first places of a pass, with digests of the rows that it was taught on."""
+
+    store: Store
+    teachers: Teachers
+    _full: bool = field(default=False, init=False)
+    _lock: Lock = field(default_factory=Lock, init=False)
+
+    def targets(self, inputs: tuple[Array, ...], row: int) -> dict[str, Array]:
+        digests = row_digests(inputs)
+        with self._lock:
+            found = self._found(digests, row)
+            if found is not None:
+                return found
+            values = self.teachers.of(inputs)
+            if row == self.store.rows and not self._full:
+                self._full = not self.store.append({"": digests, **values})
+            return values
+
+    def _found(self, digests: Array, row: int) -> dict[str, Array] | None:
+        end = row + len(digests)
+        if end > self.store.rows:
+            return None
+        columns = self.store.columns()
+        if not np.array_equal(columns.pop("")[row:end], digests):
+            return None
+        return {name: np.array(column[row:end]) for name, column in columns.items()}

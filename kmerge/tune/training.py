@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from kmerge.agreement import Agreement, measure_agreement, percent
+from kmerge.agreement import Agreement, percent
 from kmerge.data import Dataset, Entry, Reading, generator, open_dataset, open_parts
 from kmerge.data.dataset import Indexed
-from kmerge.errors import MergeError, PlanError
+from kmerge.errors import KmergeError, MergeError, PlanError
 from kmerge.live import one_line, quiet
-from kmerge.methods.registry import Array
 from kmerge.progress import Progress
-from kmerge.tune.checkpoint import fingerprint, forget, load_state
-from kmerge.tune.feed import Column, Feed, Part, count_rows, shares
-from kmerge.tune.heads import Head, heads_of, logits_of
-from kmerge.tune.keeper import Course, Watch, make_keeper, put_values, values_of
-from kmerge.tune.losses import distilled_loss, equal_decisions, is_sparse, masked_loss, masked_metric
+from kmerge.tune.agreeing import Agreeing, Loss
+from kmerge.tune.checkpoint import NAME, State, forget, load_state, locked
+from kmerge.tune.feed import Column, Feed, Part, column_of, count_rows, shares
+from kmerge.tune.heads import heads_of, logits_of
+from kmerge.tune.keeper import TIME_IS_UP, Course, Watch, make_keeper, put_values, values_of
+from kmerge.tune.losses import distilled_loss, equal_decisions, masked_loss, masked_metric
+from kmerge.tune.marking import mark_of
 from kmerge.tune.moving import Plain, parts_of, rates, scaled_optimizer, set_moving
+from kmerge.tune.pairs import enriched
 from kmerge.tune.processes import processes
-from kmerge.tune.recorded import losses_of, metrics_of
+from kmerge.tune.recorded import losses_of, metrics_of, training_of
 from kmerge.tune.result import Tuning
-from kmerge.tune.settings import Settings
+from kmerge.tune.settings import Settings, check_heads
+from kmerge.tune.stored import Budget
 from kmerge.tune.student import make_student
-from kmerge.tune.teachers import Passes, make_teachers, spread, taught
+from kmerge.tune.teachers import Passes, Taught, make_teachers, spread, taught
 from kmerge.tune.workers import Workers, measured, predicted
 
 EPOCHS, BATCH = 12, 64
 STEPS, MOST_EPOCHS = 1000, 100
 """Fewer steps than these are made up for by more epochs."""
-RATE, GENTLE, PER_GAP = 1e-3, 2e-4, 2.5e-2
+RATE, GENTLE, PER_GAP = 1e-3, 1e-4, 1e-2
 """The learning rate, what it is at least in healing, and how it grows with what agreement lacks: a good start is soon
 undone by large steps, and a bad one needs them."""
 TEMPERATURE = 4.0
@@ -70,8 +73,12 @@ class Subject:
     training: Mapping[str, Any] | None = None
     trunk_ends: Mapping[str, str] | None = None
     trunk_end: str = ""
+    own_training: Mapping[str, Any] | None = None
+    """Training configuration of the model itself, for heads whose source has none."""
     calibrated: tuple[int, int] | None = None
     """Rows and seed of the calibration of a merge, where its inputs were given."""
+    channels_first: frozenset[int] = frozenset()
+    """Numbers of the inputs whose channels stand before their positions."""
 
 
 def tune(
@@ -97,7 +104,8 @@ def tune(
     Raises:
         KmergeError: with what happened and how to go on.
     """
-    return _Run(subject, data, teachers, settings, folder, progress, synthetic).tuned()
+    with locked(settings.checkpoints if processes().is_first else None):
+        return _Run(subject, data, teachers, settings, folder, progress, synthetic).tuned()
 
 
 class _Run:
@@ -115,7 +123,6 @@ class _Run:
     ) -> None:
         self.subject, self.settings, self.folder, self.progress = subject, settings, folder, progress
         self.synthetic, self.healing = synthetic, bool(teachers)
-        self.started = time.perf_counter()
         self.notes: list[str] = []
         self.processes = processes()
         self._check_processes()
@@ -123,10 +130,17 @@ class _Run:
         self.heads = heads_of(self.net, subject.labels)
         self.plain = Plain(subject.copy(), self.net)
         self.shapes = [tuple(tensor.shape) for tensor in self.net.outputs]
+        labels = list(dict.fromkeys(head.label for head in self.heads))
+        check_heads(settings, labels, [head.name for head in self.heads], self.healing)
         self.parts = parts_of(self.net, subject.roles)
         self.sets = self._opened(data)
+        self.mark, self.state = self._checkpoint(teachers)
+        self._freeze()
+        if not self.healing:
+            self.losses, self.plain_metrics = self._wanted()
         self.teachers: Any = self._teachers(teachers) if self.healing else None
         self.student = self._student()
+        self.start = values_of(self.student.variables)
 
     def _check_processes(self) -> None:
         """Raises:
@@ -146,7 +160,8 @@ class _Run:
         """Rows to learn from and rows that are held back, by label; "" for those of all heads."""
         labels = list(dict.fromkeys(head.label for head in self.heads))
         names = [head.name for head in self.heads]
-        entries, reading = self.subject.entries, Reading(targets=not self.healing)
+        entries, settings = self.subject.entries, self.settings
+        reading = Reading(not self.healing, True, settings.columns, settings.label_columns, settings.pixels)
         inputs = {name for entry in entries for name in entry.names}
         opened: dict[str, Dataset]
         if isinstance(data, Mapping) and bool(data) and set(map(str, data)) <= set(labels) - inputs:
@@ -156,10 +171,17 @@ class _Run:
             }
         else:
             opened = {label or "": part for label, part in open_parts(data, entries, names, reading).items()}
+        if settings.mix and "" in opened:
+            raise PlanError("mix is for data of each head by itself: give them by label, or leave mix out.")
         share, seed, drawn = self.settings.validation_split, self.settings.seed, self.subject.calibrated
         if share and drawn and list(opened) == [""] and isinstance(whole := opened[""], Indexed):
             return {"": _split_apart(whole, share, seed, *drawn)}
         return {label: part.split(share, seed) if share else (part, None) for label, part in opened.items()}
+
+    def _is_late(self, share: float) -> bool:
+        """Whether a share of the time that there is has passed."""
+        minutes = self.settings.minutes
+        return minutes is not None and time.perf_counter() - self.settings.started > 60 * minutes * share
 
     def _teachers(self, models: Mapping[str, Any]) -> Any:
         settings, ends = self.settings, self.subject.trunk_ends or {}
@@ -170,23 +192,54 @@ class _Run:
             )
         features = {label: ends[label] for label in models if label in ends} if settings.features else {}
         teachers = make_teachers(models, self.heads, self.shapes, features, self.processes)
-        taught_sets: dict[str, tuple[Passes, Passes | None]] = {}
+        budget, late = Budget(int(min(settings.cache * 2**20, 2**62))), self._is_late
+        self.taught: dict[str, Taught] = {}
         for number, (label, (train, held)) in enumerate(self.sets.items()):
             places = [self.folder / f"{name}_{number}" for name in ("train", "held")]
-            limit, seed = settings.cache, settings.seed
-            taught_sets[label] = (
-                taught(train, teachers, places[0], limit, seed),
-                None if held is None else taught(held, teachers, places[1], limit, seed),
-            )
-        self.sets = taught_sets
+            # What is held back comes first, for it is read in every epoch: however late it gets.
+            kept = None if held is None else taught(held, teachers, places[1], budget, settings.seed)
+            more = enriched(train, settings.pairs, self.subject.channels_first, settings.seed)
+            self.taught[label] = taught(train, teachers, places[0], budget, settings.seed, late, more)
+            self.sets[label] = self.taught[label], kept
         return teachers
 
     # ---------------------------------------------------------------------------------------------------- the model
 
-    def _student(self) -> Any:
+    def _checkpoint(self, teachers: Mapping[str, Any]) -> tuple[str, State | None]:
+        """By what this training is known, and its last state if it is to go on."""
         settings = self.settings
-        fixed = settings.batch_norm == "fixed" or (self.healing and settings.batch_norm == "auto")
-        self.notes += set_moving(self.net, self.parts, settings.train, settings.adapters, fixed)
+        if settings.checkpoints is None:
+            return "", None
+        with self.processes.alone():
+            mark = mark_of(settings, self.heads, self.net, teachers, self.sets)
+        state = load_state(settings.checkpoints, mark) if settings.resume else None
+        if settings.resume and state is None:
+            self.notes.append("there is no checkpoint to resume from, so training began at the start")
+        return mark, state
+
+    @property
+    def _fixed(self) -> bool:
+        """Whether every BatchNormalization keeps its statistics."""
+        return self.settings.batch_norm == "fixed" or (self.healing and self.settings.batch_norm == "auto")
+
+    def _freeze(self) -> None:
+        """Raises:
+        PlanError: if nothing moves.
+        """
+        settings = self.settings
+        self.notes += set_moving(self.net, self.parts, settings.train, settings.adapters, self._fixed, settings.seed)
+        if not self.net.trainable_variables:
+            raise PlanError("Nothing moves: every layer is frozen. Say what is to move with --train all or last:K.")
+
+    def _wanted(self) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+        """Losses and metrics of the heads, where labels teach."""
+        settings, subject = self.settings, self.subject
+        training = training_of(self.heads, subject.training or {}, subject.own_training)
+        losses = losses_of(self.heads, settings.loss, training, self.notes)
+        return losses, metrics_of(self.heads, settings.metrics, training, losses)
+
+    def _student(self) -> Any:
+        settings, fixed = self.settings, self._fixed
         tensors = {head.name: self.net.outputs[head.place] for head in self.heads}
         if settings.mixed_precision:
             _lower(self.net)
@@ -195,18 +248,11 @@ class _Run:
         if self.healing:
             outputs, losses, columns, metrics, halves = self._distillation(tensors)
         else:
-            training = self.subject.training or {}
-            plain = losses_of(self.heads, settings.loss, training, self.notes)
-            found = metrics_of(self.heads, settings.metrics, training, plain)
+            plain, found = self.losses, self.plain_metrics
             outputs, losses = tensors, {name: masked_loss(loss) for name, loss in plain.items()}
             metrics = {name: [masked_metric(m, plain[name]) for m in items] for name, items in found.items()}
             halves = [name for name, loss in plain.items() if type(loss).__name__ == "MeanSquaredError"]
-            columns = [
-                Column(head.name, "int32", self.shapes[head.place][1:-1])
-                if is_sparse(plain[head.name])
-                else Column(head.name, "float32", self.shapes[head.place][1:])
-                for head in self.heads
-            ]
+            columns = [column_of(head.name, self.shapes[head.place], plain[head.name]) for head in self.heads]
         self.columns = columns
         last = [v for layer in self.parts.trunk[-1:] for v in layer.trainable_variables]
         student = make_student(
@@ -220,8 +266,6 @@ class _Run:
             fixed=fixed and self.healing,
             shared=last,
         )
-        if not student.trainable_variables:
-            raise PlanError("Nothing moves: every layer is frozen. Say what is to move with --train all or last:K.")
         self.metrics = metrics
         _seed(student, settings.seed)
         return student
@@ -230,14 +274,19 @@ class _Run:
         """Logits and features as outputs, with a loss for each."""
         settings = self.settings
         temperature = TEMPERATURE if settings.temperature is None else settings.temperature
-        spreads = [spread(self.teachers, train, settings.seed) for train, _ in self.sets.values()]
+        spreads = [spread(train, settings.seed) for train in self.taught.values()]
         scale = {name: float(np.mean([found[name] for found in spreads])) for name in spreads[0]}
-        outputs = {head.name: logits_of(tensors[head.name]) for head in self.heads}
-        losses = {h.name: distilled_loss(h.ending, temperature, scale[h.name]) for h in self.heads}
-        columns = [Column(head.name, "float32", self.shapes[head.place][1:]) for head in self.heads]
-        metrics = {head.name: [equal_decisions(head.ending)] for head in self.heads if head.ending}
+        heads = [head for head in self.heads if head.name in scale]
+        if left := [head.name for head in self.heads if head.name not in scale]:
+            self.notes.append(
+                f"no source teaches {', '.join(map(repr, left))}: what the trunk learns may change what it gives"
+            )
+        outputs = {head.name: logits_of(tensors[head.name]) for head in heads}
+        losses = {h.name: distilled_loss(h.ending, temperature, scale[h.name]) for h in heads}
+        columns = [Column(head.name, "float32", self.shapes[head.place][1:]) for head in heads]
+        metrics = {head.name: [equal_decisions(head.ending)] for head in heads if head.ending}
         names = [name for name in scale if name not in losses]
-        halves = [head.name for head in self.heads if not head.ending] + names
+        halves = [head.name for head in heads if not head.ending] + names
         for number, name in enumerate(names):
             outputs[name], shape = self._mapped(name, number)
             losses[name] = distilled_loss("", 1.0, scale[name])
@@ -262,18 +311,10 @@ class _Run:
         found = {name: self.settings.features if name not in {h.name for h in self.heads} else 1.0 for name in losses}
         if given is None or isinstance(given, str):
             return found
-        labels = list(dict.fromkeys(head.label for head in self.heads))
         if not isinstance(given, Mapping):
-            values = list(given)
-            if len(values) != len(labels):
-                raise PlanError(f"There are {len(values)} loss weights for {len(labels)} heads: give one per head.")
-            given = dict(zip(labels, values, strict=True))
+            given = dict(zip(dict.fromkeys(head.label for head in self.heads), given, strict=True))
         for key, value in given.items():
-            own = [head.name for head in self.heads if key in (head.name, head.label)]
-            if not own:
-                raise PlanError(f"A loss weight is given for '{key}', but the heads are {', '.join(labels)}.")
-            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                raise PlanError(f"The loss weight of '{key}' is {value!r}: expected a number of at least 0.")
+            own = [head.name for head in self.heads if key in (head.name, head.label) and head.name in found]
             found |= dict.fromkeys(own, float(value))
         return found
 
@@ -284,19 +325,13 @@ class _Run:
         train, held = self._feeds()
         epochs = settings.epochs or max(EPOCHS, min(MOST_EPOCHS, math.ceil(STEPS / train.steps)))
         variables = list(student.trainable_variables)
-        mark = self._mark(train) if settings.checkpoints else ""
-        state = load_state(settings.checkpoints, mark) if settings.resume and settings.checkpoints else None
-        if settings.resume and state is None:
-            self.notes.append("there is no checkpoint to resume from, so training began at the start")
-        known = state.facts.get("total") if state else None
-        total = int(known) if known else epochs * train.steps
-        if settings.minutes is not None and state is None:
-            fits = self._steps_that_fit(train)
-            total = min(total, fits) if settings.epochs else max(1, fits)
+        state = self.state
+        total = self._total(train, epochs)
         epochs = math.ceil(total / train.steps)
         measure = self._measure(held)
         self._compile(self._optimizer(total, RATE))
-        before, scores = measure()
+        with self._working(held):
+            before, scores = measure()
         rate = RATE
         if self.healing:
             rate = min(max(PER_GAP * (1 - scores["val_agreement"]), GENTLE), RATE)
@@ -321,18 +356,22 @@ class _Run:
             settings.patience,
             settings.checkpoints if self.processes.is_first else None,
             settings.every,
-            mark,
+            self.mark,
             self.progress,
             settings.say,
         )
         course = Course(best_score=self._scored(scores, base)["val_score"] if self.healing else math.inf)
         if state is not None:
             course = replace(course, **state.facts["course"], best=list(state.groups["best"]) or None)
+            late = watch.deadline is not None and course.seconds >= watch.deadline
+            if course.step < total and course.stopped in ("", TIME_IS_UP) and not late:
+                course.done, course.stopped = False, ""  # it has been given more time
             put_values(student.variables, state.groups["model"])
             put_values(optimizer.variables, state.groups["optimizer"])
         elif settings.checkpoints is not None and self.processes.is_first:
             forget(settings.checkpoints)
-        self._fit(train, watch, course)
+        course.seconds += time.perf_counter() - settings.started
+        self._fit(train, held, watch, course)
         return self._result(course, before, scores, measure)
 
     def _feeds(self) -> tuple[Feed, Feed]:
@@ -349,7 +388,11 @@ class _Run:
                 own = every if self.healing or not label else tuple(h.name for h in self.heads if h.label == label)
                 rows = count_rows(data)
                 if not rows:
-                    raise PlanError("There are no rows to learn from.")
+                    raise PlanError(
+                        "No row is held back of so few: give more rows, or a larger --validation-split, or 0 for none."
+                        if place and self.sets[label][1]
+                        else "There are no rows to learn from: give more, or a smaller --validation-split."
+                    )
                 parts.append(Part(data, own, share, rows))
             feeds.append(Feed(parts, self.columns, self.subject.copies, settings.seed, self.processes))
         return feeds[0], feeds[1]
@@ -386,8 +429,27 @@ class _Run:
         metrics = {name: items for name, items in self.metrics.items() if items}
         self.student.compile(optimizer=optimizer, weighted_metrics=metrics or None, jit_compile=jit)
 
-    def _steps_that_fit(self, train: Feed) -> int:
-        """How many steps the time allows, from a few that are made and undone."""
+    def _total(self, train: Feed, epochs: int) -> int:
+        """After how many steps the training ends: as many as were asked for, or as the time allows."""
+        settings, state, planned = self.settings, self.state, epochs * train.steps
+        known, done, spent = 0, 0, 0.0
+        if state is not None:
+            known, course = int(state.facts["total"]), state.facts["course"]
+            ended = course["done"] and course["stopped"] not in ("", TIME_IS_UP)
+            before = state.facts.get("minutes")
+            if ended or before is None or (settings.minutes or math.inf) <= before:
+                return known
+            done, spent = int(course["step"]), float(course["seconds"])
+        if settings.minutes is None:
+            return max(known, planned)
+        with self._working(train):
+            fits = done + self._steps_that_fit(train, spent)
+        if settings.epochs and fits < planned:
+            self.notes.append(f"the time allows {fits:,} of {planned:,} steps")
+        return max(known, min(planned, fits) if settings.epochs else fits)
+
+    def _steps_that_fit(self, train: Feed, spent: float) -> int:
+        """How many steps the time allows, from a few that are made and undone; `spent` in earlier calls."""
         variables = self.student.variables
         kept = values_of(variables)
         self._compile(self._optimizer(100, RATE))
@@ -401,58 +463,66 @@ class _Run:
         seconds = (time.perf_counter() - started) / steps
         put_values(variables, kept)
         assert self.settings.minutes is not None
-        return max(1, int(0.9 * self.settings.minutes * 60 / seconds))
+        left = self.settings.minutes * 60 - spent - (time.perf_counter() - self.settings.started)
+        return max(1, int(0.9 * left / seconds))
 
-    def _fit(self, train: Feed, watch: Watch, course: Course) -> None:
+    def _fit(self, train: Feed, held: Feed, watch: Watch, course: Course) -> None:
         if course.done:
             return
-        callbacks = [make_keeper(watch, course), *self._tensorboard(), *self.settings.callbacks]
-        try:
+        keeper = make_keeper(watch, course)
+        callbacks = [keeper, *self._tensorboard(), *self.settings.callbacks]
+        with self._working(train, held):
             epoch, within = divmod(course.step, watch.steps)
             if within:  # the rest of the epoch in which a training was interrupted
                 self._fit_epochs(train, course, epoch, epoch + 1, watch.steps - within, callbacks)
                 epoch += 1
             if epoch < watch.epochs and not course.done:
                 self._fit_epochs(train, course, epoch, watch.epochs, watch.steps, callbacks)
-        except (KeyboardInterrupt, SystemExit, PlanError):
+        keeper.end()
+
+    @contextmanager
+    def _working(self, *feeds: Feed) -> Iterator[None]:
+        """What Keras raises in here is told in words; what a feed raised, as the feed raised it."""
+        try:
+            yield
+        except KmergeError:
             raise
         except Exception as error:
-            if type(error).__module__.startswith("kmerge."):
-                raise
+            for feed in feeds:
+                if feed.failure is not None:
+                    raise feed.failure from None
             if self.processes.count > 1:
-                raise MergeError(
-                    f"Process {self.processes.rank} of {self.processes.count} cannot go on, as when another is lost "
-                    f"({one_line(error)}): start all of them again, with resume where there are checkpoints."
-                ) from error
-            raise MergeError(f"Keras cannot train the model: {one_line(error)}.") from error
+                raise MergeError(self._lost(error)) from error
+            raise MergeError(
+                f"Keras cannot train the model: {one_line(error)}. Check that the labels are what the losses expect "
+                "(--loss), or give fewer rows per step (--batch-size) where memory is short."
+            ) from error
+
+    def _lost(self, error: Exception) -> str:
+        """What to say where one process of several cannot go on."""
+        several, folder = self.processes, self.settings.checkpoints
+        what = f"Process {several.rank} of {several.count} cannot go on, as when another is lost ({one_line(error)})"
+        if folder is None:
+            return f"{what}: start all of them again; with --checkpoints FOLDER, a training can be resumed."
+        return f"{what}: start all of them again with resume, and they go on from '{folder / NAME}'."
 
     def _fit_epochs(self, train: Feed, course: Course, first: int, last: int, steps: int, callbacks: list[Any]) -> None:
         # Keras reads ahead, so that each fit begins a stream of its own.
         stream = train.stream(course.step)
         if self.processes.engine == "tensorflow":
             Workers(self.student, self.processes).fit(stream, first, last, steps, callbacks)
+            course.done |= self.student.stop_training
             return
         settings = {"initial_epoch": first, "epochs": last, "steps_per_epoch": steps, "callbacks": callbacks}
         self.student.fit(stream, shuffle=False, verbose=0, **settings)
+        course.done |= self.student.stop_training  # by the user's callbacks too
 
     def _tensorboard(self) -> list[Any]:
         if self.settings.tensorboard is None:
             return []
-        if importlib.util.find_spec("tensorboard") is None:
-            raise PlanError("TensorBoard's logs need the package tensorboard: pip install tensorboard.")
         import keras
 
         return [keras.callbacks.TensorBoard(str(self.settings.tensorboard), write_graph=False)]
-
-    def _mark(self, train: Feed) -> str:
-        settings = self.settings
-        asked = {
-            key: value if isinstance(value, (int, float, str, type(None))) else str(type(value))
-            for key, value in vars(settings).items()
-            if key not in ("checkpoints", "resume", "every", "tensorboard", "callbacks", "say", "minutes", "cache")
-        }
-        facts = {"settings": asked, "rows": [part.rows for part in train.parts], "heads": [vars(h) for h in self.heads]}
-        return fingerprint(facts, values_of(self.student.variables))
 
     # --------------------------------------------------------------------------------------------------- measuring
 
@@ -471,8 +541,8 @@ class _Run:
         return {f"val_{name}": float(value) for name, value in found.items()}
 
     def _agreeing(self, held: Feed) -> tuple[tuple[Agreement, ...], dict[str, float]]:
-        wanted: dict[str, list[Array]] = {}
-        given: dict[str, list[Array]] = {}
+        lost = {name: Loss() for name in self.student.head_losses}
+        alike = {head.name: Agreeing(head, self.synthetic) for head in self.heads if head.name in lost}
         rows = 0
         for x, y, *_ in held.once():
             count = len(next(iter(y.values())))
@@ -481,19 +551,15 @@ class _Run:
             else:
                 mine = self.student.predict_on_batch(self.processes.inputs(x))
                 outputs = self.processes.gathered(mine, count)
-            for name in self.student.head_losses:
-                wanted.setdefault(name, []).append(y[name])
-                given.setdefault(name, []).append(outputs[name])
+            for name, loss in self.student.head_losses.items():
+                lost[name].add(loss, y[name], outputs[name])
+                if name in alike:
+                    alike[name].add(y[name], outputs[name])
             rows += count
             if self.settings.validation_split == 0 and rows >= CHECKED:
                 break
-        scores, agreements = {}, []
-        for name, loss in self.student.head_losses.items():
-            theirs, mine = np.concatenate(wanted[name]), np.concatenate(given[name])
-            scores[f"val_{name}_loss"] = float(loss(theirs, mine))
-            head = next((head for head in self.heads if head.name == name), None)
-            if head is not None:
-                agreements.append(_agreement(head, theirs, mine, self.synthetic))
+        scores = {f"val_{name}_loss": found.mean for name, found in lost.items()}
+        agreements = [found.found() for found in alike.values()]
         weights = self.student.head_weights
         scores["val_loss"] = sum(weights[name] * scores[f"val_{name}_loss"] for name in weights)
         for item in agreements:
@@ -511,19 +577,25 @@ class _Run:
     # ------------------------------------------------------------------------------------------------------ the end
 
     def _result(self, course: Course, before: Any, scores: Any, measure: Any) -> Tuning:
-        warnings = []
+        settings, warnings = self.settings, []
+        # Callbacks that save may have carried another state, so that the start is carried as well.
+        put_values(self.student.variables, self.start if course.best is None else course.best)
+        self.plain.carry()
         if course.best is not None:
-            put_values(self.student.variables, course.best)
-            self.plain.carry()
             after, last = measure()
         else:
             after, last = before, scores
-            if self.healing:
+            if not self.healing and course.step:
+                warnings.append(
+                    "no state of the training could be measured, as where losses are no numbers, so that the model "
+                    "that was given is handed back: give a lower --learning-rate, and check the data"
+                )
+            elif self.healing:
                 warnings.append(
                     "no state of the training agrees better with the sources than the model that was given, so that "
                     "one is handed back: give more inputs, or inputs that are closer to those of the sources"
                 )
-        if not self.healing and course.best_score > 1:
+        if not self.healing and course.best is not None and course.best_score > 1:
             warnings.append(
                 "the model does worse on the held-back rows than before the training: give more rows, a lower "
                 "--learning-rate, or move less with --train heads"
@@ -545,7 +617,7 @@ class _Run:
             scores_after=last,
             epoch=course.best_epoch,
             steps=course.step,
-            seconds=time.perf_counter() - self.started,
+            seconds=time.perf_counter() - settings.started,
             description=" and ".join(dict.fromkeys(train.description for train, _ in self.sets.values())),
             warnings=tuple(warnings),
             notes=tuple(self.notes),
@@ -571,19 +643,6 @@ def _split_apart(
     held = np.zeros(rows, bool)
     held[generator(seed, "held back").permutation(np.flatnonzero(free))[:count]] = True
     return replace(data, chosen=np.flatnonzero(~held)), replace(data, chosen=np.flatnonzero(held))
-
-
-def _agreement(head: Head, theirs: Array, mine: Array, synthetic: bool) -> Agreement:
-    """Agreement of logits, through what the head ends in."""
-    values = [_ended(head.ending, np.asarray(array, np.float64)) for array in (theirs, mine)]
-    return measure_agreement(head.label, head.name, values[0], values[1], synthetic, head.ending == "sigmoid")
-
-
-def _ended(ending: str, values: Array) -> Array:
-    if ending == "softmax":
-        powers = np.exp(values - values.max(-1, keepdims=True))
-        return np.asarray(powers / powers.sum(-1, keepdims=True))
-    return np.asarray(1 / (1 + np.exp(-np.clip(values, -700, 700)))) if ending == "sigmoid" else values
 
 
 def _seed(model: Any, seed: int) -> None:

@@ -67,7 +67,8 @@ class Workers:
                     loss(y[name], predictions[name], weights[name]) * (own[name] / tf.maximum(every[name], 1e-12))
                     for name, loss in student.head_losses.items()
                 ]
-                total = student.together(parts, 1 / count)
+                present = [tf.cast(every[name] > 0, tf.float32) for name in student.head_losses]
+                total = student.together(parts, present, 1 / count)
                 for loss in student.losses:  # the same on every worker
                     total += tf.cast(loss, tf.float32) / count
             gradients = tape.gradient(total, [variable.value for variable in variables])
