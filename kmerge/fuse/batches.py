@@ -40,7 +40,7 @@ def held_back(rows: int) -> Array:
 
 def batch_size(inputs: Inputs) -> int:
     """How many inputs are run at a time."""
-    return max(1, min(64, BATCH_BYTES // max(1, sum(array[:1].nbytes for array in inputs.arrays))))
+    return max(1, min(48, BATCH_BYTES // max(1, sum(array[:1].nbytes for array in inputs.arrays))))
 
 
 def in_batches(

@@ -175,6 +175,7 @@ class _Problem:
 
     def search(self, start: Array, most: int) -> Array:
         from scipy.optimize import minimize
+        from threadpoolctl import threadpool_limits
 
         length = np.sqrt(
             np.mean([np.mean(values.astype(np.float64) ** 2, axis=0) for values, *_ in self.sites], axis=0)
@@ -187,7 +188,8 @@ class _Problem:
 
         work = sum(4 * values.size * start.shape[1] for values, *_ in self.sites)
         steps = int(np.clip(WORK // max(work, 1), 5, most))
-        found = minimize(cost, (start * length).ravel(), jac=True, method="L-BFGS-B", options={"maxiter": steps})
+        with threadpool_limits(1, "blas"):  # NumPy's threads and SciPy's wait for each other at every step otherwise
+            found = minimize(cost, (start * length).ravel(), jac=True, method="L-BFGS-B", options={"maxiter": steps})
         return np.asarray(found.x.reshape(start.shape) / length)
 
     def unmerge(self, blends: Array) -> Array:

@@ -54,7 +54,7 @@ from kmerge.source import Source
 from kmerge.spaces import layout_spaces
 from kmerge.surgery import Merged, merge_graphs
 
-MEMORY = 64 << 20
+MEMORY = 32 << 20
 """Bytes of activations that each of both networks may keep between two steps."""
 ENOUGH, ENOUGH_FOR_DENSE = 1000, 8000
 """Inputs below which more are made out of pairs of them. It takes more where each is but one row for every layer, as in
@@ -107,7 +107,7 @@ def fuse_models(
     Memory, at its peak the sum of:
         - the weights of all sources and of the merged model, live, and those of the merged model in float64;
         - the inputs, and those made of them, up to `ENOUGH`;
-        - `MEMORY` of activations for each of both networks, and all activations of one batch, which has at most 64
+        - `MEMORY` of activations for each of both networks, and all activations of one batch, which has at most 48
           inputs and 2 MB of them;
         - for all groups of units together, products of the units of all sources in float64, and 6,000 rows of them for
           each place where they are seen;
