@@ -176,6 +176,8 @@ def scaled_optimizer(optimizer: Any, variables: Sequence[Any], factors: Mapping[
     """The optimizer with a rate per variable: another object of the same settings."""
     if not factors:
         return optimizer
+    import keras
+
     by_place = [factors.get(variable.path, 1.0) for variable in variables]
     kind: Any = type(optimizer)
 
@@ -183,7 +185,14 @@ def scaled_optimizer(optimizer: Any, variables: Sequence[Any], factors: Mapping[
         factor = by_place[self._get_variable_index(variable)]
         return kind.update_step(self, gradient, variable, learning_rate * factor)
 
-    scaled: Any = type(f"Scaled{kind.__name__}", (kind,), {"update_step": update_step})
+    def one_by_one(self: Any, gradients: Any, variables: Any, learning_rate: Any) -> None:
+        for gradient, variable in zip(gradients, variables, strict=True):
+            update_step(self, gradient, variable, learning_rate)
+
+    steps: dict[str, Any] = {"update_step": update_step}
+    if keras.backend.backend() == "torch":  # where all variables are updated at once, at one rate
+        steps["_backend_update_step"] = one_by_one
+    scaled: Any = type(f"Scaled{kind.__name__}", (kind,), steps)
     made = scaled.from_config(optimizer.get_config())
     made.build(list(variables))
     return made
