@@ -387,7 +387,8 @@ def test_networks_that_were_trained_apart_are_fused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On the digits that it knows, each head decides as its source does, and nearly so on those of the others."""
-    monkeypatch.setattr("kmerge.fuse.model.ENOUGH", 0)
+    for name in ("ENOUGH", "ENOUGH_FOR_DENSE"):
+        monkeypatch.setattr(f"kmerge.fuse.model.{name}", 0)
     paths = [fixtures_dir / f"{family}_{label}.h5" for label in "abc"]
     x = digits(paths, load_task)
     report = kmerge.combine(paths, tmp_path / "o.h5", data=x)
