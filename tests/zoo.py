@@ -1151,7 +1151,7 @@ def _frozen_layer(b: Bench, x: Any) -> Any:
 
 @topology("deep_chain", F(4))
 def _deep_chain(b: Bench, x: Any) -> Any:
-    for _ in range(60):
+    for _ in range(24):
         x = b.Dense(4)(x)
     return b.head(x)
 
