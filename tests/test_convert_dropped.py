@@ -64,6 +64,7 @@ def test_highway(bias: bool, suffix: str, wrapped: bool, tmp_path: Path) -> None
     if bias:
         arrays |= {"b:0": random(4, seed=3), "b_carry:0": random(4, seed=4)}
     own = {"activation": "tanh", "bias": bias, "init": "glorot_uniform", "W_regularizer": None, "input_dim": 4}
+    own["transform_bias"] = -2
     layer = ("Highway", {**own, "batch_input_shape": [None, 4]})
     if wrapped:
         inner = {"class_name": "Highway", "config": {"name": "inner", **own}}
@@ -72,6 +73,29 @@ def test_highway(bias: bool, suffix: str, wrapped: bool, tmp_path: Path) -> None
     wanted = gate * np.tanh(x @ arrays["W:0"] + arrays.get("b:0", 0)) + (1 - gate) * x
     path = write_old(tmp_path / "a.h5", [layer], arrays)
     np.testing.assert_allclose(converted(path, x, suffix), wanted, atol=1e-6)
+    assert kmerge.convert(path, tmp_path / "again.keras").notes == ()
+
+
+HIGHWAY = ("Highway", {"activation": "tanh", "bias": True, "init": "glorot_uniform", "batch_input_shape": [None, 4]})
+
+
+@pytest.mark.parametrize("order", [("W", "W_carry", "b", "b_carry"), ("W", "b", "W_carry", "b_carry")])
+def test_highway_in_either_order(order: tuple[str, ...], tmp_path: Path) -> None:
+    """Keras 1.2 lists matrices before biases, earlier ones the weights of each layer together."""
+    x = random(2, 4)
+    arrays = {"W": random(4, 4), "W_carry": random(4, 4, seed=2), "b": random(4, seed=3), "b_carry": random(4, seed=4)}
+    gate = sigmoid(x @ arrays["W_carry"] + arrays["b_carry"])
+    wanted = gate * np.tanh(x @ arrays["W"] + arrays["b"]) + (1 - gate) * x
+    path = write_old(tmp_path / "a.h5", [HIGHWAY], {f"{name}:0": arrays[name] for name in order}, "1.1.0")
+    np.testing.assert_allclose(converted(path, x), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("shapes", [((4, 4), (4, 3), (4,), (4,)), ((4, 4), (4, 4), (4,)), ((4, 4), (4, 4), (4,), (3,))])
+def test_highway_of_other_shapes(shapes: tuple[tuple[int, ...], ...], tmp_path: Path) -> None:
+    arrays = {f"w{number}:0": np.ones(shape) for number, shape in enumerate(shapes)}
+    path = write_old(tmp_path / "a.h5", [HIGHWAY], arrays)
+    with pytest.raises(kmerge.GraphError, match="the weights of Highway are"):
+        kmerge.convert(path, tmp_path / "new.keras")
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
