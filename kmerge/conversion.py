@@ -19,7 +19,7 @@ from kmerge.dialects.reading import Dialect
 from kmerge.dialects.writing import parse_version
 from kmerge.engine import copy_tensor, merge_tensors
 from kmerge.errors import FormatError, OutputError
-from kmerge.graph import Layer, flatten
+from kmerge.graph import flatten
 from kmerge.output import create_output
 from kmerge.progress import Progress, silent
 from kmerge.report.conversion import Conversion, explain_obstacles
@@ -134,20 +134,24 @@ class _Road:
 def _road(source: Source, upgraded: Upgraded, legacy: bool, objects: Mapping[str, Any]) -> _Road:
     """Keras is needed where a format keeps the weights of a custom layer in an order that only its class knows.
 
+    `.keras` files have them by path and `.h5` files in the order in which the class made them, so Keras is given a file
+    that has them as the source does.
+
     Raises:
         FormatError: if that is so and the class was not given.
     """
     custom = _first_custom(upgraded)
-    if custom is None or (legacy if source.kind is Kind.H5 else is_current(source) and not legacy):
+    by_path = source.dialect is Dialect.KERAS3
+    if custom is None or (legacy and not by_path) or (is_current(source) and not legacy):
         return _Road(".h5" if legacy else ".keras")
     if not objects:
         raise FormatError(
-            f"'{custom.name}' ({custom.class_name}) is none of Keras's own layers, and only its class knows in which "
+            f"'{custom[0]}' ({custom[1]}) is none of Keras's own layers, and only its class knows in which "
             f"order its weights stand in an .h5 file: write a .keras file, which takes it over as it is, or name the "
             "module that registers it with --custom MODULE."
         )
     _check_modules(upgraded.source.model, objects, source.name)
-    return _Road(".keras" if legacy else ".h5", through_keras=True)
+    return _Road(".keras" if by_path else ".h5", through_keras=True)
 
 
 def _check_modules(value: Any, objects: Mapping[str, Any], name: str) -> None:
@@ -162,8 +166,10 @@ def _check_modules(value: Any, objects: Mapping[str, Any], name: str) -> None:
     if not isinstance(value, Mapping):
         return
     module, class_name = value.get("module"), str(value.get("class_name"))
-    known = {class_name, str(value.get("registered_name"))} & {*objects, *(key.rpartition(">")[2] for key in objects)}
-    if isinstance(module, str) and not known and module.split(".")[0] not in ("keras", "builtins"):
+    # Keras looks for functions by their names and for classes by those under which they are registered.
+    wanted = value.get("config") if class_name == "function" else value.get("registered_name")
+    known = isinstance(wanted, str) and wanted in {*objects, *(key.rpartition(">")[2] for key in objects)}
+    if isinstance(module, str) and not known and not _is_of_keras(module):
         raise FormatError(
             f"'{name}' names '{class_name}' of the module '{module}', which is never imported because a file asks for "
             "it: register it with Keras in a module of yours, and name that with --custom MODULE."
@@ -172,14 +178,47 @@ def _check_modules(value: Any, objects: Mapping[str, Any], name: str) -> None:
         _check_modules(item, objects, name)
 
 
-def _first_custom(upgraded: Upgraded) -> Layer | None:
+def _is_of_keras(module: str) -> bool:
+    """Whether Keras itself writes such a module into files; of those inside it, operations' and models' alone."""
+    if module.startswith("keras.src"):
+        return module.startswith(("keras.src.ops.", "keras.src.models."))
+    return module in ("keras", "builtins") or module.startswith("keras.")
+
+
+def _first_custom(upgraded: Upgraded) -> tuple[str, str] | None:
+    """Name and class of the first layer that is none of Keras's own, or of one inside a wrapper."""
     graph = upgraded.source.graph
     assert graph is not None
     for layer in graph.layers:
-        module = str(layer.entry.get("module") or "")
-        if not layer.is_input and module != "keras" and not module.startswith("keras."):
-            return layer
+        if layer.is_input:
+            continue
+        if not _is_own(layer.entry.get("module") or "", layer.entry.get("registered_name")):
+            return layer.name, layer.class_name
+        inner = _custom_inside(layer.config)
+        if inner is not None:
+            return f"{layer.name}/{inner[0]}", inner[1]
     return None
+
+
+def _is_own(module: Any, registered: Any) -> bool:
+    module = str(module)
+    return (module == "keras" or module.startswith("keras.")) and ">" not in str(registered)
+
+
+def _custom_inside(value: Any, key: str = "") -> tuple[str, str] | None:
+    """A custom layer in the settings of another one; initialisers, regularisers and constraints have no weights."""
+    if key.endswith(("_initializer", "_regularizer", "_constraint")):
+        return None
+    if isinstance(value, list):
+        return next(filter(None, map(_custom_inside, value)), None)
+    if not isinstance(value, Mapping):
+        return None
+    class_name, config, module = value.get("class_name"), value.get("config"), value.get("module")
+    if isinstance(class_name, str) and isinstance(config, Mapping):
+        registered = value.get("registered_name")
+        if not _is_own(module if module is not None else "keras", registered):
+            return str(config.get("name") or class_name), class_name
+    return next(filter(None, (_custom_inside(item, str(name)) for name, item in value.items())), None)
 
 
 def _state_of(

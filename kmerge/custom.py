@@ -16,7 +16,7 @@ from kmerge.errors import PlanError
 from kmerge.live import one_line, quiet
 
 Registered = Mapping[str, tuple[str, str]]
-"""`module` and `registered_name` of a class or function, by its plain name."""
+"""`module` and `registered_name` of a class or function, by its plain name and by the registered one."""
 
 
 def import_custom(modules: Iterable[str] | Mapping[str, Any]) -> dict[str, Any]:
@@ -95,8 +95,9 @@ def _here() -> Iterator[None]:
 
 
 def registered_of(objects: Mapping[str, Any]) -> Registered:
-    """Under which module and name current Keras knows the user's classes and functions, by plain name."""
-    return {name.rpartition(">")[2]: (str(getattr(value, "__module__", "")), name) for name, value in objects.items()}
+    """Under which module and name current Keras knows the user's classes and functions; files name them either way."""
+    found = {name: (str(getattr(value, "__module__", "")), name) for name, value in objects.items()}
+    return {**{name.rpartition(">")[2]: entry for name, entry in found.items()}, **found}
 
 
 def replacements_of(

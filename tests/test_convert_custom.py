@@ -36,6 +36,19 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "class Twice(keras.layers.Layer):\n"
         "    def call(self, x):\n"
         "        return x * 2.0\n"
+        "@keras.saving.register_keras_serializable('own')\n"
+        "class Two(keras.layers.Layer):\n"
+        "    def __init__(self, **settings):\n"
+        "        super().__init__(**settings)\n"
+        "        self.zfirst = keras.layers.Dense(3, use_bias=False)\n"
+        "        self.asecond = keras.layers.Dense(3, use_bias=False)\n"
+        "    def build(self, shape):\n"
+        "        self.zfirst.build(shape)\n"
+        "        self.asecond.build(shape)\n"
+        "    def compute_output_shape(self, shape):\n"
+        "        return shape\n"
+        "    def call(self, x):\n"
+        "        return self.asecond(keras.ops.tanh(self.zfirst(x)))\n"
     )
     monkeypatch.chdir(tmp_path)
     yield name
@@ -99,7 +112,46 @@ def test_only_its_class_knows_the_order_of_its_weights_in_the_old_format(
     np.testing.assert_array_equal(np.asarray(model(x)), wanted)
 
 
-def with_module(old: Path, new: Path, name: str, module: str) -> Path:
+def as_of(old: Path, new: Path, version: str) -> Path:
+    """A `.keras` file that says it is of another version."""
+    with zipfile.ZipFile(old) as source, zipfile.ZipFile(new, "w") as target:
+        for member in source.namelist():
+            data = source.read(member)
+            if member == "metadata.json":
+                data = json.dumps({**json.loads(data), "keras_version": version}).encode()
+            target.writestr(member, data)
+    return new
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_layers_inside_a_custom_layer_stay_in_their_places(wrapped: bool, module: str) -> None:
+    """A `.keras` file has them in the order of the alphabet, an `.h5` file in that in which the class made them."""
+    import keras
+
+    objects = import_custom([module])
+    own = objects["own>Two"]
+    first = keras.Input((4, 3) if wrapped else (3,))
+    layer = keras.layers.TimeDistributed(own(), name="td") if wrapped else own(name="td")
+    model = keras.Model(first, layer(first))
+    x = np.random.default_rng(0).normal(size=(2, *first.shape[1:])).astype("float32")
+    wanted = np.asarray(model(x))
+    model.save("old.keras")
+    model.save("old.h5")
+    as_of(Path("old.keras"), Path("older.keras"), "2.15.0")
+    plain = {**objects, "Two": own}
+    for old in ("old.keras", "older.keras", "old.h5"):
+        for new in ("new.keras", "new.h5"):
+            if not old.startswith("older") and old[-3:] != new[-3:]:
+                with pytest.raises(kmerge.FormatError, match="none of Keras's own layers"):
+                    kmerge.convert(old, new, force=True)
+            kmerge.convert(old, new, custom=[module], force=True)
+            again = keras.saving.load_model(new, custom_objects=plain, compile=False)
+            np.testing.assert_allclose(np.asarray(again(x)), wanted, atol=1e-6, err_msg=f"{old} {new}")
+
+
+def with_module(
+    old: Path, new: Path, name: str, module: str, class_name: str = "Other", registered: str = "Other"
+) -> Path:
     """A `.keras` file in which a layer claims to come from a module."""
     with zipfile.ZipFile(old) as source, zipfile.ZipFile(new, "w") as target:
         for member in source.namelist():
@@ -108,7 +160,7 @@ def with_module(old: Path, new: Path, name: str, module: str) -> Path:
                 config = json.loads(data)
                 for layer in config["config"]["layers"]:
                     if layer["name"] == name:
-                        layer.update(module=module, registered_name="Other", class_name="Other")
+                        layer.update(module=module, registered_name=registered, class_name=class_name)
                 data = json.dumps(config).encode()
             target.writestr(member, data)
     return new
@@ -132,6 +184,18 @@ def test_a_module_that_a_file_of_keras_3_names_is_not_imported(
     finally:
         sys.path.remove(".")
     assert not Path("new.h5").exists()
+
+
+@pytest.mark.parametrize(
+    ("class_name", "registered", "imported"),
+    [("Scale", "x", "keras_hub.layers"), ("Scale", "x", "evil"), ("Other", "Other", "keras.src.trainers.trainer")],
+)
+def test_a_class_is_known_by_the_name_that_keras_looks_for(
+    class_name: str, registered: str, imported: str, custom: tuple[Path, np.ndarray, np.ndarray, Any], module: str
+) -> None:
+    old = with_module(custom[0], Path("evil.keras"), "d", imported, class_name, registered)
+    with pytest.raises(kmerge.FormatError, match=f"'{class_name}' of the module '{imported}', which is never imported"):
+        kmerge.convert(old, "new.h5", custom=[module])
 
 
 def test_a_lambda_of_keras_3_is_replaced(module: str) -> None:

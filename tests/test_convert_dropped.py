@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 
 import kmerge
+from kmerge.source import open_source
+from kmerge.upgrade import upgrade
 
 
 def write_old(
@@ -61,6 +64,7 @@ def test_highway(bias: bool, suffix: str, wrapped: bool, tmp_path: Path) -> None
     if bias:
         arrays |= {"b:0": random(4, seed=3), "b_carry:0": random(4, seed=4)}
     own = {"activation": "tanh", "bias": bias, "init": "glorot_uniform", "W_regularizer": None, "input_dim": 4}
+    own["transform_bias"] = -2
     layer = ("Highway", {**own, "batch_input_shape": [None, 4]})
     if wrapped:
         inner = {"class_name": "Highway", "config": {"name": "inner", **own}}
@@ -69,6 +73,29 @@ def test_highway(bias: bool, suffix: str, wrapped: bool, tmp_path: Path) -> None
     wanted = gate * np.tanh(x @ arrays["W:0"] + arrays.get("b:0", 0)) + (1 - gate) * x
     path = write_old(tmp_path / "a.h5", [layer], arrays)
     np.testing.assert_allclose(converted(path, x, suffix), wanted, atol=1e-6)
+    assert kmerge.convert(path, tmp_path / "again.keras").notes == ()
+
+
+HIGHWAY = ("Highway", {"activation": "tanh", "bias": True, "init": "glorot_uniform", "batch_input_shape": [None, 4]})
+
+
+@pytest.mark.parametrize("order", [("W", "W_carry", "b", "b_carry"), ("W", "b", "W_carry", "b_carry")])
+def test_highway_in_either_order(order: tuple[str, ...], tmp_path: Path) -> None:
+    """Keras 1.2 lists matrices before biases, earlier ones the weights of each layer together."""
+    x = random(2, 4)
+    arrays = {"W": random(4, 4), "W_carry": random(4, 4, seed=2), "b": random(4, seed=3), "b_carry": random(4, seed=4)}
+    gate = sigmoid(x @ arrays["W_carry"] + arrays["b_carry"])
+    wanted = gate * np.tanh(x @ arrays["W"] + arrays["b"]) + (1 - gate) * x
+    path = write_old(tmp_path / "a.h5", [HIGHWAY], {f"{name}:0": arrays[name] for name in order}, "1.1.0")
+    np.testing.assert_allclose(converted(path, x), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("shapes", [((4, 4), (4, 3), (4,), (4,)), ((4, 4), (4, 4), (4,)), ((4, 4), (4, 4), (4,), (3,))])
+def test_highway_of_other_shapes(shapes: tuple[tuple[int, ...], ...], tmp_path: Path) -> None:
+    arrays = {f"w{number}:0": np.ones(shape) for number, shape in enumerate(shapes)}
+    path = write_old(tmp_path / "a.h5", [HIGHWAY], arrays)
+    with pytest.raises(kmerge.GraphError, match="the weights of Highway are"):
+        kmerge.convert(path, tmp_path / "new.keras")
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
@@ -166,6 +193,60 @@ def test_locally_connected(implementation: int, first: bool, rank: int, same: bo
     path = write_old(tmp_path / "a.h5", [layer], {"kernel:0": kernel, "bias:0": bias}, "2.15.0")
     got = converted(path, given)
     np.testing.assert_allclose(np.moveaxis(got, 1, -1) if first else got, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("length", "size", "padding"), [(2000, 1, "valid"), (10**9, 1, "valid"), (3000, 1999, "same"), (2, 10**9, "same")]
+)
+def test_sizes_that_a_file_merely_claims(
+    implementation: int, length: int, size: int, padding: str, tmp_path: Path
+) -> None:
+    """The kernel is compared with them before memory is taken for them."""
+    config = {
+        "batch_input_shape": [None, length, length, 1], "filters": 1, "kernel_size": [size, size], "strides": [1, 1],
+        "padding": padding, "data_format": "channels_last", "implementation": implementation, "use_bias": False,
+    }  # fmt: skip
+    path = write_old(tmp_path / "a.h5", [("LocallyConnected2D", config)], {"kernel:0": np.zeros((4, 1, 1))}, "2.15.0")
+    tracemalloc.start()
+    try:
+        with pytest.raises(kmerge.GraphError, match=r"kernel is \(4, 1, 1\)"):
+            kmerge.convert(path, tmp_path / "new.keras")
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("implementation", [2, 3])
+def test_a_kernel_is_laid_out_piece_by_piece(implementation: int, tmp_path: Path) -> None:
+    """Beside the stored kernel and the new one, in work is a block and no table of the whole."""
+    config = {
+        "batch_input_shape": [None, 16, 16, 4], "filters": 8, "kernel_size": [5, 5], "strides": [1, 1],
+        "padding": "same", "data_format": "channels_last", "implementation": implementation, "use_bias": False,
+    }  # fmt: skip
+    count = int(sum(min(p + 3, 16) - max(p - 2, 0) for p in range(16))) ** 2 * 32
+    kernel = np.zeros((16, 16, 4, 16, 16, 8) if implementation == 2 else count)
+    path = write_old(tmp_path / "a.h5", [("LocallyConnected2D", config)], {"kernel:0": kernel}, "2.15.0")
+    with open_source(path) as source:
+        tensor = next(weight.tensor for weights in upgrade(source).order for weight in weights)
+        tracemalloc.start()
+        try:
+            tensor.read()
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert peak < kernel.size * 4 + 2 * tensor.nbytes + (4 << 20)
+
+
+def test_patches_wider_than_the_input(tmp_path: Path) -> None:
+    """What lies outside at every place is left out; patch and step are those of Keras."""
+    x, dense = random(2, 2, 1), random(2, 1, 2, 1, seed=1)
+    config = {
+        "batch_input_shape": [None, 2, 1], "filters": 1, "kernel_size": [9], "strides": [1], "padding": "same",
+        "data_format": "channels_last", "implementation": 2, "activation": "linear", "use_bias": False,
+    }  # fmt: skip
+    path = write_old(tmp_path / "a.h5", [("LocallyConnected1D", config)], {"kernel:0": dense}, "2.15.0")
+    np.testing.assert_allclose(converted(path, x), np.tensordot(x, dense, ([1, 2], [0, 1])), atol=1e-6)
 
 
 def stored(dense: np.ndarray, mask: np.ndarray, implementation: int, first: bool, rank: int) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import warnings
 import zipfile
@@ -205,7 +206,7 @@ def test_what_cannot_be_proved_is_dropped_with_a_word(tmp_path: Path) -> None:
 
     adam = trained_by("Adam", lr=0.001)
     few = {"Adam/iterations:0": np.int64(5), "a:0": np.zeros((8, 16), "float32")}
-    assert "2 variables" not in notes("k224_seq_mlp", adam, {})  # nothing is recorded, so nothing is dropped
+    assert notes("k224_seq_mlp", adam, {}).startswith("the file records no state of its optimizer")
     assert "1 variables for 4 trainable weights, expected 8" in notes("k224_seq_mlp", adam, few)
     assert "taken 5 steps" in notes("k224_seq_mlp", adam, {"Adam/iterations:0": np.int64(5)})
     other = {"Adam/iterations:0": np.int64(5)} | {f"{n}:0": np.zeros((2, 2), "float32") for n in range(8)}
@@ -216,8 +217,56 @@ def test_what_cannot_be_proved_is_dropped_with_a_word(tmp_path: Path) -> None:
     assert "makes no sense (ValueError" in notes("k224_seq_mlp", adam, wrong)
     unnamed = {"iteration:0": np.int64(1)} | {f"v{n}:0": np.zeros(1, "float32") for n in range(8)}
     assert "other names than those that tf.keras gives" in notes("tfk215_seq_mlp", adam, unnamed)
-    ftrl = {f"training/Ftrl/{n}:0": np.zeros(1, "float32") for n in range(9)}
-    assert "dropped" in notes("k224_lstm", trained_by("Ftrl", lr=0.1), ftrl)
+    many = {"Adam/iterations:0": np.uint64(2**64 - 1)} | like("k224_seq_mlp", "Adam", 2)
+    assert "makes no sense (OverflowError" in notes("k224_seq_mlp", adam, many)
+    for dtype in ("complex64", "int64"):
+        typed = {"Adam/iterations:0": np.int64(1)} | like("k224_seq_mlp", "Adam", 2, dtype)
+        assert f"is {dtype}" in notes("k224_seq_mlp", adam, typed)
+    for class_name, start, slot in (
+        ("Ftrl", 0.0, "linear"),
+        ("Ftrl", 0.1, "accumulator"),
+        ("Adagrad", 0.1, "accumulator"),
+    ):
+        training = trained_by(class_name, lr=0.1, initial_accumulator_value=start)
+        said = notes("k224_lstm", training, like("k224_lstm", class_name, 2 if class_name == "Ftrl" else 1))
+        assert f"weights were multiplied, and how '{slot}' of {class_name} would be is not known" in said
+
+
+def like(name: str, class_name: str, slots: int, dtype: str = "float32") -> dict[str, np.ndarray]:
+    """Variables of the shapes of a file's weights, all those of a slot together."""
+    with h5py.File(LEGACY / f"{name}.h5") as file:
+        group = file["model_weights"]
+        shapes = [
+            group[layer][weight].shape for layer in group.attrs["layer_names"]
+            for weight in group[layer].attrs["weight_names"]
+        ]  # fmt: skip
+    names = [f"training/{class_name}/Variable_{number}:0" for number in range(slots * len(shapes))]
+    return {name: np.zeros(shape, dtype) for name, shape in zip(names, slots * shapes, strict=True)}
+
+
+def test_a_rate_of_any_length(tmp_path: Path) -> None:
+    old = tmp_path / "old.h5"
+    shutil.copy(LEGACY / "k224_seq_mlp.h5", old)
+    report = kmerge.convert(edited(old, trained_by("Adam", lr=10**400)), tmp_path / "new.keras")
+    assert any("'Adam' with a learning rate beyond all bounds" in note for note in report.notes)
+    with zipfile.ZipFile(tmp_path / "new.keras") as archive:
+        assert json.loads(archive.read("config.json"))["compile_config"]["optimizer"] == "rmsprop"
+
+
+def test_weight_decay_and_clipping_are_kept(tmp_path: Path) -> None:
+    """One step of plain SGD: w -= rate decay w, then w -= rate g, where g is no longer than it may be."""
+    old = tmp_path / "old.h5"
+    shutil.copy(LEGACY / "tfk215_seq_mlp.h5", old)
+    settings = {"learning_rate": 0.1, "weight_decay": 0.5, "clipnorm": 0.01, "momentum": 0.0, "foo": 3, "bar": None}
+    training = {**trained_by("SGD", **settings), "loss": "mse"}
+    report = kmerge.convert(edited(old, training, {"iteration:0": np.int64(0)}), tmp_path / "new.keras")
+    assert report.notes == ("the setting foo=3 of the optimizer was left out: current Keras's SGD has none",)
+    model = load(tmp_path / "new.keras")
+    before = [np.asarray(variable) for variable in model.trainable_variables]
+    x = np.random.default_rng(0).normal(size=(4, *model.input_shape[1:])).astype("float32")
+    model.train_on_batch(x, np.full((4, *model.output_shape[1:]), 9.0, "float32"))
+    bias = np.asarray(model.trainable_variables[-1]) - before[-1] * (1 - 0.1 * 0.5)
+    assert np.linalg.norm(bias) == pytest.approx(0.1 * 0.01, rel=1e-3)
 
 
 def test_an_optimizer_without_a_step_is_fresh(tmp_path: Path) -> None:
@@ -256,6 +305,65 @@ def test_an_optimizer_of_keras_3_is_taken_over_from_the_old_format(tmp_path: Pat
     again = load(tmp_path / "new.keras")
     for mine, theirs in zip(again.optimizer.variables, model.optimizer.variables, strict=True):
         np.testing.assert_array_equal(np.asarray(mine), np.asarray(theirs))
+
+
+@pytest.fixture(scope="module")
+def adam(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one model of Keras 3 in both formats, after a step of Adam."""
+    import keras
+
+    folder = tmp_path_factory.mktemp("adam")
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3)])
+    model.compile("adam", "mean_squared_error", run_eagerly=True)
+    model.train_on_batch(np.ones((1, 3)), np.ones((1, 3)))
+    model.save(folder / "old.keras")
+    model.save(folder / "old.h5")
+    return folder
+
+
+@pytest.mark.parametrize("case", ["same", "repeated", "linked", "many", "shape", "type"])
+def test_a_state_that_does_not_fit_its_weights_is_not_taken_over(case: str, adam: Path, tmp_path: Path) -> None:
+    """A name costs a file few bytes, and what it names could be any size."""
+    old = tmp_path / "old.h5"
+    shutil.copy(adam / "old.h5", old)
+    with h5py.File(old, "r+") as file:
+        group = file["optimizer_weights"]
+        names = [str(name) for name in group.attrs["weight_names"]]
+        big = next(name for name in names if group[name].shape == (3, 3))
+        if case == "repeated":
+            names += [big] * 100
+        elif case == "linked":
+            for number in range(100):
+                group[f"more_{number}"] = group[big]
+                names.append(f"more_{number}")
+        elif case == "many":
+            group["more"] = np.zeros((3, 3), "float32")
+            names.append("more")
+        elif case != "same":
+            del group[big]
+            group[big] = np.zeros((9, 9), "float32") if case == "shape" else np.zeros((3, 3), "complex64")
+        group.attrs["weight_names"] = [name.encode() for name in names]
+    said = " ".join(kmerge.convert(old, tmp_path / "new.keras").notes)
+    reasons = {
+        "same": "", "repeated": "it lists a variable more than once", "linked": "variables, expected 6",
+        "many": "it has 7 variables, expected 6", "shape": r"of the shape \(9, 9\)", "type": "of the type complex64",
+    }  # fmt: skip
+    assert re.search(reasons[case], said)
+    assert len(variables_in(tmp_path / "new.keras")) == (6 if case == "same" else 0)
+
+
+def test_an_optimizer_of_a_strange_name(adam: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old.keras"
+    with zipfile.ZipFile(adam / "old.keras") as source, zipfile.ZipFile(old, "w") as target:
+        for member in source.namelist():
+            data = source.read(member)
+            if member == "config.json":
+                config = json.loads(data)
+                config["compile_config"]["optimizer"]["config"]["name"] = "a\0b"
+                data = json.dumps(config).encode()
+            target.writestr(member, data)
+    assert kmerge.convert(old, tmp_path / "new.keras").notes == ()
+    assert len(variables_in(tmp_path / "new.keras")) == 6
 
 
 def test_files_of_keras_3_keep_their_state(tmp_path: Path) -> None:

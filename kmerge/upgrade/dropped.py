@@ -28,26 +28,32 @@ def maxout_dense(part: Part, _: Context) -> Chain:
 
 
 def highway(part: Part, _: Context) -> Chain:
-    """t h(x) + (1 - t) x, as x + t (h(x) - x), with a gate t of its own: W, W_carry, b, b_carry."""
+    """t h(x) + (1 - t) x, as x + t (h(x) - x), with a gate t of its own.
+
+    Keras 1.2 lists W, W_carry, b, b_carry, earlier ones W, b, W_carry, b_carry: matrices and biases come in one order.
+    """
     config = part.config
-    count = len(part.tensors) // 2
-    units = part.tensors[0].shape[-1]
-    own = {key: value for key, value in config.items() if key != "activity_regularizer"}
+    matrices = [tensor for tensor in part.tensors if len(tensor.shape) == 2]
+    biases = [tensor for tensor in part.tensors if len(tensor.shape) == 1]
+    units = matrices[0].shape[-1] if matrices else 0
+    bias = bool(biases)
+    wanted = [(units, units)] * 2 + [(units,)] * (2 * bias)
+    if [tensor.shape for tensor in (*matrices, *biases)] != wanted or len(part.tensors) != len(wanted):
+        raise ValueError(f"the weights of Highway are {[tensor.shape for tensor in part.tensors]}, expected {wanted}")
+    # The rest says how training began: `transform_bias` is what b_carry started from.
+    own = {key: value for key, value in config.items() if key not in ("activity_regularizer", *_BEGINNING)}
     plain = {"dtype": config.get("dtype", "float32"), "trainable": config.get("trainable", True)}
+    kernels = [(matrix, *biases[number : number + 1]) for number, matrix in enumerate(matrices)]
     return [
-        Part(
-            "Dense",
-            {**plain, "units": units, "activation": "sigmoid", "use_bias": count == 2},
-            part.tensors[1::2],
-            suffix="gate",
-        ),
-        Part(
-            "Dense", {**own, "units": units, "use_bias": count == 2}, part.tensors[::2], suffix="transform", back=(2,)
-        ),
+        Part("Dense", {**plain, "units": units, "activation": "sigmoid", "use_bias": bias}, kernels[1], suffix="gate"),
+        Part("Dense", {**own, "units": units, "use_bias": bias}, kernels[0], suffix="transform", back=(2,)),
         Part("Subtract", {}, suffix="change", back=(1, 3)),
         Part("Multiply", {}, suffix="gated", back=(3, 1)),
         Part("Add", {"activity_regularizer": config.get("activity_regularizer")}, back=(5, 1)),
     ]
+
+
+_BEGINNING = ("transform_bias", "input_dim")
 
 
 def parametric_softplus(part: Part, context: Context) -> Chain:

@@ -26,7 +26,7 @@ def upgrade_layer(part: Part, context: Context) -> Chain:
     """
     if part.class_name in context.custom:
         module, registered = context.custom[part.class_name]
-        return [Part(part.class_name, part.config, part.tensors, module, registered)]
+        return [Part(part.class_name.rpartition(">")[2], part.config, part.tensors, module, registered)]
     if part.module != LAYERS:
         context.refuse(part.class_name, "custom", "is none of Keras's own layers")
         return [part]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,20 +52,30 @@ class _Grid:
         ends = zip(self.places, self.strides, self.before, self.size, self.sizes, strict=True)
         return tuple(max(0, (count - 1) * step - lead + width - of) for count, step, lead, width, of in ends)  # type: ignore[return-value]
 
-    def positions(self) -> Array:
-        """Position in the flattened rows and columns per place and entry of the patch; -1 outside the input.
-
-        Shape (count, rows, columns of a patch).
-        """
-        axes = []
+    @property
+    def inside(self) -> tuple[Array, Array]:
+        """Per axis, how many rows (columns) of each patch lie inside the input."""
+        found = []
         for count, step, lead, width, of in zip(
             self.places, self.strides, self.before, self.size, self.sizes, strict=True
         ):
-            found = np.arange(count)[:, None] * step - lead + np.arange(width)
+            first = np.arange(count) * step - lead
+            found.append(np.minimum(first + width, of) - np.maximum(first, 0))
+        return found[0], found[1]
+
+    def positions(self, places: Array) -> Array:
+        """Position in the flattened rows and columns per place and entry of the patch; -1 outside the input.
+
+        Shape (places, rows, columns of a patch).
+        """
+        axes = []
+        for number, step, lead, width, of in zip(
+            np.divmod(places, self.places[1]), self.strides, self.before, self.size, self.sizes, strict=True
+        ):
+            found = number[:, None] * step - lead + np.arange(width)
             axes.append(np.where((found >= 0) & (found < of), found, -1))
-        rows, columns = axes[0][:, None, :, None], axes[1][None, :, None, :]
-        found = np.where((rows < 0) | (columns < 0), -1, rows * self.sizes[1] + columns)
-        return found.reshape(self.count, *self.size)
+        rows, columns = axes[0][:, :, None], axes[1][:, None, :]
+        return np.where((rows < 0) | (columns < 0), -1, rows * self.sizes[1] + columns)
 
 
 def locally_connected(part: Part, context: Context) -> Chain:
@@ -145,10 +156,17 @@ def _grid(part: Part, rank: int, shape: list[int]) -> _Grid:
     if config.get("padding") == "same":
         places = (-(-sizes[0] // strides[0]), -(-sizes[1] // strides[1]))
         before = (size[0] // 2, size[1] // 2)
+        # Rows and columns of a patch that lie outside the input at every place are left out.
+        left = [max(0, lead - of + 1) for lead, of in zip(before, sizes, strict=True)]
+        ends = zip(size, before, sizes, left, strict=True)
+        size = _pair([min(width, lead + of) - cut for width, lead, of, cut in ends], 2)
+        before = (before[0] - left[0], before[1] - left[1])
     else:
         places = ((sizes[0] - size[0]) // strides[0] + 1, (sizes[1] - size[1]) // strides[1] + 1)
         before = (0, 0)
     filters = int(config.get("filters") or part.tensors[0].shape[-1])
+    if min(*sizes, channels, filters, *size, *strides, *places) < 1:
+        raise ValueError(f"patches of {size} in steps of {strides} do not fit an input of {sizes}")
     return _Grid(sizes, channels, filters, size, strides, places, before, first)
 
 
@@ -159,14 +177,18 @@ def _pair(value: Any, rank: int) -> tuple[int, int]:
 
 
 def _kernel(kernel: Tensor, grid: _Grid, implementation: int) -> Tensor:
-    """A kernel as (places, inputs of a patch by row, column and channel, filters)."""
+    """A kernel as (places, inputs of a patch by row, column and channel, filters).
+
+    All sizes but the kernel's own are merely claimed, so it is compared with them before anything is made of them.
+    """
     wanted = (grid.count, grid.inputs, grid.filters)
-    inside = grid.positions() >= 0
-    pixels = (grid.sizes[0] * grid.sizes[1], grid.channels)
     if implementation == 1:
         expected: tuple[int, ...] = wanted
     elif implementation == 3:
-        expected = (int(inside.sum()) * grid.channels * grid.filters,)
+        if kernel.size < grid.count * grid.channels * grid.filters:  # of one pixel at least, at each place
+            raise ValueError(f"kernel is {kernel.shape}, too small for {grid.count} places")
+        rows, columns = grid.inside
+        expected = (int(rows.sum()) * int(columns.sum()) * grid.channels * grid.filters,)
     else:
         rank = len(kernel.shape) // 2 - 1
         spatial, places = grid.sizes[:rank], grid.places[:rank]
@@ -177,46 +199,56 @@ def _kernel(kernel: Tensor, grid: _Grid, implementation: int) -> Tensor:
 
     def make() -> Array:
         if implementation == 1:
-            whole = kernel.read()
-            if grid.first:
-                split = whole.reshape(grid.count, grid.channels, *grid.size, grid.filters)
-                whole = np.moveaxis(split, 1, 3).reshape(wanted)
-            return whole
+            split = kernel.read().reshape(grid.count, grid.channels, *grid.size, grid.filters)
+            return np.moveaxis(split, 1, 3).reshape(wanted)
         stored = kernel.read().reshape(-1)
-        where = _pairs(grid, pixels) if implementation == 2 else _connected(grid)
-        return np.where(where < 0, 0, stored[where]).astype(stored.dtype).reshape(wanted)
+        whole = np.empty(wanted, stored.dtype)
+        step = max(1, _BLOCK // (grid.inputs * grid.filters))
+        for start in range(0, grid.count, step):
+            places = np.arange(start, min(start + step, grid.count))
+            where = _pairs(grid, places) if implementation == 2 else _connected(grid, places)
+            made = np.where(where < 0, 0, stored[where])
+            whole[start : start + step] = made.reshape(len(places), grid.inputs, grid.filters)
+        return whole
 
     if implementation == 1 and not grid.first:
         return kernel
-    whole = implementation == 1 or (implementation == 3 and bool(inside.all()))
-    return derived(kernel, wanted, make, parts=(kernel,) if whole else ())
+    reorders = implementation == 1 or (implementation == 3 and kernel.size == math.prod(wanted))
+    return derived(kernel, wanted, make, parts=(kernel,) if reorders else ())
 
 
-def _pairs(grid: _Grid, pixels: tuple[int, int]) -> Array:
+_BLOCK = 1 << 16
+"""Entries of a kernel that are looked up at a time."""
+
+
+def _pairs(grid: _Grid, places: Array) -> Array:
     """Where `implementation=2` stores each entry; -1 outside. Shape (places, rows, columns, channels, filters)."""
-    at = grid.positions()[..., None, None]
-    place = np.arange(grid.count)[:, None, None, None, None]
+    at = grid.positions(places)[..., None, None]
+    place = places[:, None, None, None, None]
     channel, out = np.arange(grid.channels)[:, None], np.arange(grid.filters)
     if grid.first:
-        before, after = channel * pixels[0] + at, out * grid.count + place
+        before, after = channel * (grid.sizes[0] * grid.sizes[1]) + at, out * grid.count + place
     else:
         before, after = at * grid.channels + channel, place * grid.filters + out
     return np.where(at < 0, -1, before * (grid.count * grid.filters) + after)
 
 
-def _connected(grid: _Grid) -> Array:
+def _connected(grid: _Grid, places: Array) -> Array:
     """Where `implementation=3` stores each entry: by output, then by input; -1 outside. Shape as `_pairs`."""
-    inside = grid.positions() >= 0
-    pixels = inside.reshape(grid.count, -1).sum(axis=1)  # of each patch
-    rank = (np.cumsum(inside.reshape(grid.count, -1), axis=1) - 1).reshape(inside.shape)[..., None, None]
+    inside = grid.positions(places) >= 0
+    flat = inside.reshape(len(places), -1)
+    rank = (np.cumsum(flat, axis=1) - 1).reshape(inside.shape)[..., None, None]
+    rows, columns = grid.inside
+    row, column = np.divmod(places, grid.places[1])
+    pixels = rows[row] * columns[column]  # of each patch
+    earlier = (np.cumsum(rows) - rows)[row] * columns.sum() + rows[row] * (np.cumsum(columns) - columns)[column]
+    count = pixels[:, None, None, None, None]
+    start = (earlier * grid.channels)[:, None, None, None, None]  # entries of the patches before
     channel, out = np.arange(grid.channels)[:, None], np.arange(grid.filters)
-    before = np.concatenate([[0], np.cumsum(pixels)[:-1]]) * grid.channels  # entries of the patches before
-    each = (pixels * grid.channels)[:, None, None, None, None]
-    start = before[:, None, None, None, None]
     if grid.first:
-        where = out * int(pixels.sum()) * grid.channels + start + channel * pixels[:, None, None, None, None] + rank
+        where = out * (rows.sum() * columns.sum() * grid.channels) + start + channel * count + rank
     else:
-        where = start * grid.filters + out * each + rank * grid.channels + channel
+        where = start * grid.filters + out * count * grid.channels + rank * grid.channels + channel
     return np.where(inside[..., None, None], where, -1)
 
 

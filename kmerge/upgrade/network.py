@@ -46,6 +46,8 @@ def upgrade_network(source: Source, context: Context) -> Network:
     for layer, state in zip(source.graph.layers, source.states, strict=True):
         found = listed_weights(layer.class_name, layer.config, state.weights) if by_path else state.weights
         weights.append(tuple(weight.tensor for weight in found))
+        if by_path:
+            context.paths.update((id(weight.tensor), weight.key) for weight in found)
     return _Upgrade(source.graph, weights, context).run()
 
 
@@ -230,7 +232,7 @@ class _Upgrade:
             return ()
         weights = []
         for number, tensor in enumerate(part.tensors):
-            key = found[number].key if found else f"vars/{number}"
+            key = found[number].key if found else self.context.paths.get(id(tensor), f"vars/{number}")
             name = found[number].name if found else key
             kind = weight_kind(part.class_name, layer.config, key, tensor.dtype)
             weights.append(Weight(key, name, kind, tensor))
@@ -291,7 +293,8 @@ class _Upgrade:
                 return self._model(entry, tensors)
             settings = config if isinstance(config, Mapping) else {}
             part = Part(entry["class_name"], settings, tuple(tensors))
-            if entry.get("registered_name") and ">" in str(entry["registered_name"]):
+            is_custom = entry.get("registered_name") and ">" in str(entry["registered_name"])
+            if is_custom and entry["class_name"] not in self.context.custom:
                 self.context.refuse(entry["class_name"], "custom", "is none of Keras's own layers")
             self.context.inside, self.context.input_shape = recurrent, None
             chain = [self._wrapped(part) for part in upgrade_layer(part, self.context)]

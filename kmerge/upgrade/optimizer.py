@@ -24,6 +24,7 @@ from kmerge.graph import Graph, layer_order
 from kmerge.source import Source, Weight, stored_layers
 from kmerge.store import Tensor
 from kmerge.store.derived import derived, is_scaled, origins
+from kmerge.upgrade.network import plain_name
 from kmerge.upgrade.slots import listed_weights, slots
 from kmerge.upgrade.whole import Upgraded
 
@@ -113,7 +114,10 @@ def upgrade_state(
         recorded = source.optimizer()
         if not recorded:
             return None, ["the file records no state of its optimizer: training goes on with a fresh one"]
+        if len({name for name, _ in recorded}) != len(recorded):
+            raise _Lost("it lists a variable more than once")
         if _is_current(source) and isinstance(optimizer, Mapping) and _listed_alike(source, upgraded):
+            _check_taken_over(upgraded, optimizer, [tensor for _, tensor in recorded])
             return Variables(_name_of(optimizer), tuple(tensor for _, tensor in recorded)), []
         found = _State(source, upgraded, optimizer, again).carried(recorded)
         nadam = "Nadam has another schedule of its momentum today, and goes on with that"
@@ -123,6 +127,56 @@ def upgrade_state(
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = f"what is recorded makes no sense ({type(error).__name__}: {error})"
     return None, [f"the state of the optimizer was dropped, and training goes on with a fresh one: {reason}"]
+
+
+def _groups(class_name: str, config: Mapping[str, Any]) -> list[tuple[Slot, ...]]:
+    """The slots that an optimizer keeps by its settings, in the order in which Keras 3 stores them."""
+    groups = [
+        tuple(slot for slot in group if not slot.needs or config.get(slot.needs))
+        for group in (*(((_AVERAGE,),) if config.get("use_ema") else ()), *_LAYOUTS[class_name])
+    ]
+    return [group for group in groups if group]
+
+
+def _check_taken_over(upgraded: Upgraded, optimizer: Mapping[str, Any], recorded: Sequence[Tensor]) -> None:
+    """Hold variables that are taken over as they are against the weights that they should belong to.
+
+    Raises:
+        _Lost: if they are too many, or of other shapes or types.
+    """
+    class_name, config = str(optimizer.get("class_name")), optimizer.get("config") or {}
+    weights = [weight.tensor for weights in upgraded.order for weight in weights]
+    shapes = {tensor.shape for tensor in weights}
+    count = len(recorded)
+    for tensor in recorded:
+        if tensor.shape and not _is_float(tensor):
+            raise _Lost(f"it has a variable of the type {tensor.dtype}")
+        if tensor.shape not in shapes and tensor.shape and class_name in _LAYOUTS:
+            raise _Lost(f"it has a variable of the shape {tensor.shape}, and no weight has that")
+    if class_name in _LAYOUTS:
+        kept = sum(map(len, _groups(class_name, config))) + bool(config.get("gradient_accumulation_steps"))
+        head = 2 if isinstance(config.get("learning_rate"), (int, float)) else 1
+        trained = _trained(upgraded)
+        wanted = head + kept * (trained or 0) + (class_name == "Nadam")
+        if trained is not None and count not in (head, wanted):
+            raise _Lost(f"it has {count:,} variables, expected {wanted:,}")
+    numbers, most = sum(tensor.size for tensor in recorded), _MOST * sum(tensor.size for tensor in weights) + _SINGLE
+    if count > _MOST * len(weights) + _SINGLE or numbers > most:
+        raise _Lost(f"it has {count:,} variables of {numbers:,} numbers, more than any optimizer keeps of its weights")
+
+
+def _trained(upgraded: Upgraded) -> int | None:
+    """How many weights are trained; None where a custom layer has some of which that is not known."""
+    try:
+        return len(_new_places(upgraded))
+    except _Lost:
+        return None
+
+
+_MOST = 8
+"""Variables that an optimizer of Keras keeps of one weight, at most: moments, an average, gradients added up."""
+_SINGLE = 16
+"""Variables that it keeps besides, at most: steps, rate, the scale of the loss."""
 
 
 class _State:
@@ -145,11 +199,7 @@ class _State:
         if self.config.get("gradient_accumulation_steps") or self.config.get("loss_scale_factor"):
             raise _Lost("it accumulates or scales gradients")
         self._check_origins(old, new)
-        groups = [
-            tuple(slot for slot in group if not slot.needs or self.config.get(slot.needs))
-            for group in (*(((_AVERAGE,),) if self.config.get("use_ema") else ()), *_LAYOUTS[self.class_name])
-        ]
-        groups = [group for group in groups if group]
+        groups = _groups(self.class_name, self.config)
         steps, found = self._read(recorded, groups)
         moved = {slot.name: self._moved(slot, found[slot.name]) for group in groups for slot in group}
         ordered = [moved[slot.name][place] for group in groups for place in range(len(self.new)) for slot in group]
@@ -205,6 +255,8 @@ class _State:
                 if tensor.shape != self._weight(place).tensor.shape:
                     what = f"'{self._weight(place).key}' is {self._weight(place).tensor.shape}"
                     raise _Lost(f"{what}, but what belongs to it is {tensor.shape}")
+                if not _is_float(tensor) and tensor.dtype != self._weight(place).tensor.dtype:
+                    raise _Lost(f"what belongs to '{self._weight(place).key}' is {tensor.dtype}")
         return steps, found
 
     def _leads(self, name: str, place: int) -> bool:
@@ -306,13 +358,19 @@ class _State:
 
 
 def _number(like: Tensor, dtype: str, value: float) -> Tensor:
-    return derived(like, (), lambda: np.asarray(value, dtype), dtype)
+    """A single number, made at once, so that one that does not fit is known before anything is written."""
+    made = np.asarray(value, dtype)
+    return derived(like, (), lambda: made, dtype)
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.dtype.startswith(("float", "bfloat"))
 
 
 def _name_of(optimizer: Mapping[str, Any]) -> str:
     config = optimizer.get("config")
     name = config.get("name") if isinstance(config, Mapping) else None
-    return str(name or str(optimizer.get("class_name")).lower())
+    return plain_name(str(name or str(optimizer.get("class_name")).lower()))
 
 
 def _is_current(source: Source) -> bool:

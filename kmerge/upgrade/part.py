@@ -92,6 +92,8 @@ class Context:
         input_shape: of its first call, where that is known.
         power: of the factors by which weights are multiplied: 1 for the weights themselves, -1 for what is counted in
             their gradients, -2 for what is counted in squares of those (optimizers' state).
+        paths: where a file that has weights by path keeps each tensor under its layer, by the tensor's identity: what
+            is inside a custom layer stays there.
     """
 
     version: tuple[int, ...]
@@ -103,6 +105,7 @@ class Context:
     inside: bool = False
     input_shape: Shape | None = None
     power: float = 1.0
+    paths: dict[int, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     obstacles: list[Obstacle] = field(default_factory=list)
 

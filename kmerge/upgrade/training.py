@@ -71,7 +71,7 @@ _OPTIMIZERS = {
     "Adagrad": "learning_rate initial_accumulator_value epsilon",
     "Adadelta": "learning_rate rho epsilon",
     "Adam": "learning_rate beta_1 beta_2 epsilon amsgrad",
-    "AdamW": "learning_rate beta_1 beta_2 epsilon amsgrad weight_decay",
+    "AdamW": "learning_rate beta_1 beta_2 epsilon amsgrad",
     "Adamax": "learning_rate beta_1 beta_2 epsilon",
     "Nadam": "learning_rate beta_1 beta_2 epsilon",
     "Ftrl": "learning_rate learning_rate_power initial_accumulator_value l1_regularization_strength "
@@ -89,7 +89,10 @@ _SCHEDULES = {
     "PiecewiseConstantDecay": "boundaries values",
     "PolynomialDecay": f"{_RATE} end_learning_rate power cycle",
 }
-_CLIPPING = "clipnorm clipvalue global_clipnorm use_ema ema_momentum ema_overwrite_frequency"
+_COMMON = "weight_decay clipnorm clipvalue global_clipnorm use_ema ema_momentum ema_overwrite_frequency"
+"""Settings that every optimizer takes."""
+_ELSEWHERE = frozenset({"name", "lr", "decay", "schedule_decay", "jit_compile", "is_legacy_optimizer"})
+"""Settings of old optimizers that go into others, or say nothing of what is computed."""
 
 
 class _Unknown(Exception):
@@ -117,9 +120,9 @@ def upgrade_training(
         return None, [f"the training configuration was dropped: the loss {error} is none of current Keras's"]
     if loss is None:
         return None, []
-    notes = []
+    notes: list[str] = []
     try:
-        optimizer = _optimizer(training.get("optimizer_config") or training.get("optimizer"), current)
+        optimizer = _optimizer(training.get("optimizer_config") or training.get("optimizer"), current, notes)
     except _Unknown as error:
         optimizer = "rmsprop"
         notes.append(f"the optimizer {error} is none of current Keras's: the default one (rmsprop) stands in for it")
@@ -202,7 +205,7 @@ _METRIC_CLASSES: dict[str, tuple[str, ...]] = {
 }
 
 
-def _optimizer(value: Any, current: bool) -> Any:
+def _optimizer(value: Any, current: bool, notes: list[str]) -> Any:
     if not isinstance(value, Mapping):
         return "rmsprop"
     name, config = str(value.get("class_name")).split(">")[-1], value.get("config")
@@ -217,8 +220,17 @@ def _optimizer(value: Any, current: bool) -> Any:
         config["learning_rate"] = config.pop("lr")
     if not isinstance(config.get("learning_rate", 0.0), (int, float)):
         config["learning_rate"] = _schedule(name, config["learning_rate"])
-    allowed = f"{_OPTIMIZERS[known]} {_CLIPPING}".split()
+    elif not _fits(config.get("learning_rate", 0.0)):
+        raise _Unknown(f"'{name}' with a learning rate beyond all bounds")
+    allowed = f"{_OPTIMIZERS[known]} {_COMMON}".split()
+    notes += [
+        f"the setting {key}={item!r} of the optimizer was left out: current Keras's {known} has none"
+        for key, item in config.items()
+        if item and key not in allowed and key not in _ELSEWHERE
+    ]
     settings = {key: item for key, item in config.items() if key in allowed and item is not None}
+    if known != "AdamW" and not settings.get("weight_decay"):
+        settings.pop("weight_decay", None)
     if known == "Adagrad":  # before tf.keras it began at zero, without saying so
         settings.setdefault("initial_accumulator_value", 0.0)
     decay = config.get("decay") if known != "Nadam" else None  # of its momentum, not of its learning rate
@@ -229,6 +241,14 @@ def _optimizer(value: Any, current: bool) -> Any:
             {"initial_learning_rate": settings.get("learning_rate", 0.001), "decay_steps": 1, "decay_rate": decay},
         )
     return _entry("keras.optimizers", known, settings)
+
+
+def _fits(rate: Any) -> bool:
+    """Whether a number can be held as one; JSON's integers have any length."""
+    try:
+        return float(rate) is not None
+    except OverflowError:
+        return False
 
 
 def _schedule(optimizer: str, value: Any) -> Any:
