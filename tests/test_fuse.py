@@ -1025,3 +1025,27 @@ def test_units_that_are_counted_on_keep_their_number(tmp_path: Path) -> None:
         assert model.get_layer("free").units == 9
         assert len([note for note in fusion.notes if "keep their number" in note]) == 1
         assert agreement_of(model, sources, inputs_of(case.inputs(100))) == pytest.approx(reported(fusion), abs=1e-4)
+
+
+def test_means_of_several_outputs_of_other_shapes(tmp_path: Path) -> None:
+    """Each output of a source goes into the mean of its own place."""
+    import keras
+
+    import kmerge
+
+    paths = []
+    for seed in range(2):
+        keras.utils.set_random_seed(seed)
+        x = keras.Input((6,))
+        hidden = keras.layers.Dense(12, activation="relu")(x)
+        outputs = [keras.layers.Dense(3, activation="softmax")(hidden), keras.layers.Dense(2)(hidden)]
+        paths.append(tmp_path / f"{seed}.keras")
+        keras.Model(x, outputs).save(paths[-1])
+    rows = np.random.default_rng(0).standard_normal((300, 6)).astype(np.float32)
+    kmerge.combine(paths, tmp_path / "o.keras", method="fuse", data=rows, outputs="mean")
+    made = zoo.predictions(keras.saving.load_model(tmp_path / "o.keras", compile=False), rows)
+    sources = [zoo.predictions(keras.saving.load_model(path, compile=False), rows) for path in paths]
+    for number, width in enumerate((3, 2)):
+        wanted = np.mean([source[number] for source in sources], axis=0)
+        assert made[number].shape == wanted.shape == (300, width)
+        assert np.corrcoef(made[number].ravel(), wanted.ravel())[0, 1] > 0.9

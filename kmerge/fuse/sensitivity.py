@@ -30,24 +30,26 @@ def sensitivities(context: Context, tasks: Sequence[Task], together: bool = Fals
     Args:
         context: with pairs still to be found.
         tasks: whose sites are looked at.
-        together: whether only the mean of all sources' outputs matters, so that their errors may cancel: the sources
-            give outputs of one shape.
+        together: whether only the means of the sources' outputs matter, so that their errors may cancel: each source
+            gives as many outputs, of the same shapes.
     """
     sites: list[Site] = [site for task in tasks for site in task.sites() if site.averaged]
     numbers = [number for number, site in enumerate(site for task in tasks for site in task.sites()) if site.averaged]
     rng = context.rng.spawn(1)[0]
     behind = {ref: _behind(context, ref) for site in sites for ref in site.tensors}
     outputs = _outputs(context)
-    spreads: dict[Ref, float] = {}
-    drawn: dict[Ref | None, Array] = {}
+    each = len(outputs) // len(context.frame.sources) if together else len(outputs)
+    places = {ref: number % each for number, ref in enumerate(outputs)}  # of one mean, where they are one
+    spreads: dict[int, float] = {}
+    drawn: dict[int, Array] = {}
 
     def weigh(ref: Ref, values: Array) -> Array:
-        if ref not in spreads:
-            spreads[ref] = max(float(values.std(axis=0).max()), 1e-6 * float(np.abs(values).max()) + 1e-12)
-        key = ref if not together else None
-        if key not in drawn:
-            drawn[key] = rng.choice([-1.0, 1.0], values.shape)
-        signs = drawn[key] / spreads[ref]
+        place = places[ref]
+        if place not in spreads:
+            spreads[place] = max(float(values.std(axis=0).max()), 1e-6 * float(np.abs(values).max()) + 1e-12)
+        if place not in drawn:
+            drawn[place] = rng.choice([-1.0, 1.0], values.shape)
+        signs = drawn[place] / spreads[place]
         if outputs[ref]:  # a softmax does not see what all its inputs have in common
             signs -= signs.mean(axis=-1, keepdims=True)
         return np.asarray(signs)
