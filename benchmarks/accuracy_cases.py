@@ -129,7 +129,8 @@ def _cifar_bytes(folder: Path) -> tuple[Array, Array, Array, Array]:
                 if member.isfile() and rest.endswith(".jpg"):
                     file = archive.extractfile(member)
                     assert file is not None
-                    images[part].append(tf.io.decode_jpeg(file.read(), channels=3).numpy())
+                    decoded = tf.io.decode_jpeg(file.read(), channels=3, dct_method="INTEGER_ACCURATE")
+                    images[part].append(decoded.numpy())  # the same bytes as Pillow's
                     names[part].append(rest)
         arrays = {}
         for part, found in images.items():
@@ -383,7 +384,8 @@ CASES: dict[str, Case] = {
             TWO_TASKS,
             cifar32,
             residual((64, 128, 256), 3),
-            epochs=60,
+            epochs=20,
+            batch=256,
             rate=3e-3,
             shift=4,
             accelerator=True,
@@ -447,12 +449,13 @@ def train(case: Case, data: Data, num_classes: int, seed: int) -> Any:
         warmup_target=case.rate if warm else None,
         warmup_steps=warm,
     )
-    model.compile(keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", jit_compile=False)
+    compiled: Any = "auto" if keras.backend.backend() == "jax" else False  # XLA is no gain for TensorFlow on a CPU
+    model.compile(keras.optimizers.Adam(rate), "sparse_categorical_crossentropy", jit_compile=compiled)
     for _ in range(case.epochs if case.shift else 1):
         images = _moved(data.train, case.shift, random) if case.shift else data.train
         epochs = 1 if case.shift else case.epochs
         model.fit(images, data.train_targets, batch_size=case.batch, epochs=epochs, verbose=0)
-    bare = keras.models.clone_model(model)
+    bare = case.build(data.train.shape[1:], num_classes)
     bare.set_weights(model.get_weights())
     return bare
 
