@@ -2,7 +2,8 @@
 
 import importlib.util
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +55,43 @@ def load_task(fixtures_dir: Path) -> Callable[..., tuple[np.ndarray, np.ndarray]
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.load_task
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Name of a module of the user's, beside the files that they work on."""
+    name = f"own_{abs(hash(str(tmp_path)))}"
+    (tmp_path / f"{name}.py").write_text(
+        "import keras\n"
+        "@keras.saving.register_keras_serializable('own')\n"
+        "class Scale(keras.layers.Layer):\n"
+        "    def build(self, shape):\n"
+        "        self.factor = self.add_weight(shape=(shape[-1],), name='factor')\n"
+        "    def call(self, x):\n"
+        "        return x * self.factor\n"
+        "@keras.saving.register_keras_serializable('own')\n"
+        "class Twice(keras.layers.Layer):\n"
+        "    def call(self, x):\n"
+        "        return x * 2.0\n"
+        "@keras.saving.register_keras_serializable('own')\n"
+        "class Two(keras.layers.Layer):\n"
+        "    def __init__(self, **settings):\n"
+        "        super().__init__(**settings)\n"
+        "        self.zfirst = keras.layers.Dense(3, use_bias=False)\n"
+        "        self.asecond = keras.layers.Dense(3, use_bias=False)\n"
+        "    def build(self, shape):\n"
+        "        self.zfirst.build(shape)\n"
+        "        self.asecond.build(shape)\n"
+        "    def compute_output_shape(self, shape):\n"
+        "        return shape\n"
+        "    def call(self, x):\n"
+        "        return self.asecond(keras.ops.tanh(self.zfirst(x)))\n"
+        "@keras.saving.register_keras_serializable('own')\n"
+        "def twice(x):\n"
+        "    return x * 2.0\n"
+        "def not_registered(x):\n"
+        "    return x\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    yield name
+    sys.modules.pop(name, None)

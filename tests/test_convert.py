@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -345,33 +345,6 @@ def test_a_lambda_is_named_and_never_loaded(name: str, tmp_path: Path, monkeypat
     assert "MODULE:FUNCTION" in str(error.value)
     assert not list(tmp_path.iterdir())
     kmerge.combine([LEGACY / f"{name}.h5"] * 2, tmp_path / "two.h5", method="mean")
-
-
-@pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A module of the user's, beside the files that they work on."""
-    name = f"users_{abs(hash(str(tmp_path)))}"
-    (tmp_path / f"{name}.py").write_text(
-        "import keras\n"
-        "@keras.saving.register_keras_serializable('users')\n"
-        "class Twice(keras.layers.Layer):\n"
-        "    def call(self, x):\n"
-        "        return x * 2.0\n"
-        "@keras.saving.register_keras_serializable('users')\n"
-        "class Scale(keras.layers.Layer):\n"
-        "    def build(self, shape):\n"
-        "        self.factor = self.add_weight(shape=(shape[-1],), name='factor')\n"
-        "    def call(self, x):\n"
-        "        return x * self.factor\n"
-        "@keras.saving.register_keras_serializable('users')\n"
-        "def twice(x):\n"
-        "    return x * 2.0\n"
-        "def not_registered(x):\n"
-        "    return x\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    yield name
-    sys.modules.pop(name, None)
 
 
 @pytest.mark.parametrize("attribute", ["Twice", "twice"])

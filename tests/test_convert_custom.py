@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,41 +18,6 @@ from kmerge import live
 from kmerge.custom import import_custom
 from kmerge.source import open_source
 from kmerge.upgrade import upgrade
-
-
-@pytest.fixture
-def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A module of the user's, beside the files that they work on."""
-    name = f"own_{abs(hash(str(tmp_path)))}"
-    (tmp_path / f"{name}.py").write_text(
-        "import keras\n"
-        "@keras.saving.register_keras_serializable('own')\n"
-        "class Scale(keras.layers.Layer):\n"
-        "    def build(self, shape):\n"
-        "        self.factor = self.add_weight(shape=(shape[-1],), name='factor')\n"
-        "    def call(self, x):\n"
-        "        return x * self.factor\n"
-        "@keras.saving.register_keras_serializable('own')\n"
-        "class Twice(keras.layers.Layer):\n"
-        "    def call(self, x):\n"
-        "        return x * 2.0\n"
-        "@keras.saving.register_keras_serializable('own')\n"
-        "class Two(keras.layers.Layer):\n"
-        "    def __init__(self, **settings):\n"
-        "        super().__init__(**settings)\n"
-        "        self.zfirst = keras.layers.Dense(3, use_bias=False)\n"
-        "        self.asecond = keras.layers.Dense(3, use_bias=False)\n"
-        "    def build(self, shape):\n"
-        "        self.zfirst.build(shape)\n"
-        "        self.asecond.build(shape)\n"
-        "    def compute_output_shape(self, shape):\n"
-        "        return shape\n"
-        "    def call(self, x):\n"
-        "        return self.asecond(keras.ops.tanh(self.zfirst(x)))\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    yield name
-    sys.modules.pop(name, None)
 
 
 @pytest.fixture

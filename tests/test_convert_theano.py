@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import pytest
+from old_files import converted, write_old
 
-import kmerge
 from kmerge.source import open_source
 from kmerge.upgrade import upgrade
 
@@ -20,28 +18,7 @@ def write_theano(
     path: Path, class_name: str, config: dict[str, Any], arrays: Mapping[str, np.ndarray], version: str = "2.1.3"
 ) -> Path:
     """A Sequential model of one layer, as Keras on Theano wrote it."""
-    layers = [{"class_name": class_name, "config": {"name": "l", **config}}]
-    with h5py.File(path, "w") as file:
-        file.attrs["model_config"] = json.dumps({"class_name": "Sequential", "config": layers})
-        file.attrs["keras_version"] = version
-        if not version.startswith("1"):
-            file.attrs["backend"] = "theano"
-        group = file.create_group("model_weights")
-        group.attrs["layer_names"] = [b"l"]
-        inner = group.create_group("l")
-        inner.attrs["weight_names"] = [f"l/{name}".encode() for name in arrays]
-        for name, array in arrays.items():
-            inner[f"l/{name}"] = array.astype("float32")
-    return path
-
-
-def converted(path: Path, x: np.ndarray, suffix: str = ".keras") -> np.ndarray:
-    """What the converted file predicts."""
-    import keras
-
-    new = path.with_name(f"new{suffix}")
-    kmerge.convert(path, new, force=True)
-    return np.asarray(keras.saving.load_model(new, compile=False)(x.astype("float32")))
+    return write_old(path, [(class_name, config)], arrays, version, None if version.startswith("1") else "theano")
 
 
 def obstacles(path: Path) -> list[str]:
