@@ -193,7 +193,7 @@ class AttentionTask:
                     targets.append(result.reshape(len(features[-1]), -1))
                 if len({len(one) for one in features}) > 1:
                     continue
-                picked = context.pick(len(features[0]), len(away), LEAST_ROWS / context.examples)
+                picked = passes.pick(len(features[0]), len(away), LEAST_ROWS / context.examples)
                 x, y = (np.concatenate(rows, axis=1)[picked].astype(np.float64) for rows in (features, targets))
                 sums = sums or _Gram.empty(x.shape[1], y.shape[1])
                 sums.add(x, y)
@@ -227,7 +227,7 @@ class AttentionTask:
                         x = _flat(to_numpy(ours[self._tensor(chain.call, role, True)]))
                         own = _flat(to_numpy(theirs[self._tensor(ref.call, role, False)]))
                         wanted = max(LEAST_ROWS, ROWS_PER_COLUMN * x.shape[1]) / context.examples
-                        picked = context.pick(len(x), len(away), wanted)
+                        picked = passes.pick(len(x), len(away), wanted)
                         mine = heads[role][source]
                         target = np.einsum("rd,dhk->rhk", own[picked].astype(np.float64), kernel[:, mine])
                         target = target + (bias[0][mine] if bias else 0.0)
@@ -281,7 +281,7 @@ class AttentionTask:
         for theirs, ours, away in passes:
             for number, chain in enumerate(self.chains):
                 x = to_numpy(context.own.given_to(ours, chain.call, "_output_dense")).reshape(-1, width)
-                picked = context.pick(len(x), len(away), wanted)
+                picked = passes.pick(len(x), len(away), wanted)
                 columns = known[kinds[number]]
                 target: Any = 0.0
                 for source, ref in self._targets(chain):

@@ -9,6 +9,7 @@ import numpy as np
 from kmerge.agreement import FEW_ROWS
 from kmerge.calibration.enrich import crossed
 from kmerge.calibration.inputs import Inputs
+from kmerge.data import generator
 from kmerge.methods.registry import Array
 
 BATCH_BYTES = 2 << 20
@@ -44,14 +45,14 @@ def batch_size(inputs: Inputs) -> int:
 
 
 def in_batches(
-    inputs: Inputs, enough: int, rng: np.random.Generator, first: Collection[int] = ()
+    inputs: Inputs, enough: int, seed: int, first: Collection[int] = ()
 ) -> tuple[list[tuple[Array, ...]], list[Array]]:
     """All inputs, and more that are made of pairs of them where they are few.
 
     Args:
         inputs: to be fitted to.
         enough: below so many, more are made until there are as many.
-        rng: source of random numbers.
+        seed: of the pairs.
         first: numbers of the inputs whose channels stand before their positions.
 
     Returns:
@@ -63,7 +64,7 @@ def in_batches(
     marks = [held[start : start + size] for start in range(0, inputs.rows, size)]
     if inputs.rows < enough:
         fitted = inputs.take(np.flatnonzero(~held))
-        for batch in crossed(fitted, enough - inputs.rows, rng, first).batches(size):
+        for batch in crossed(fitted, enough - inputs.rows, generator(seed, "fuse/pairs"), first).batches(size):
             batches.append(batch)
             marks.append(np.zeros(len(batch[0]), dtype=bool))
     return batches, marks

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from kmerge.calibration.network import BEFORE, Network, Tape
+from kmerge.data import generator
 from kmerge.fuse.blend import Function, function_of
 from kmerge.fuse.chains import Chains, activation_of
 from kmerge.fuse.pairs import LEAST_PART, Frame, Pair
@@ -88,6 +89,26 @@ class Passes:
     later_sources: frozenset[Ref]
     later_merged: frozenset[Ref]
 
+    @cached_property
+    def random(self) -> np.random.Generator:
+        """For the task alone."""
+        return self.context.random("/".join(self.context.layer(number).name for number in self.task.layers))
+
+    def pick(self, rows: int, inputs: int, wanted: float) -> Array:
+        """Numbers of some rows, equally many of each input.
+
+        Args:
+            rows: in all, those of each input in a row.
+            inputs: how many inputs they belong to.
+            wanted: rows per input.
+        """
+        each = rows // inputs
+        count = max(1, int(np.ceil(wanted)))
+        if count >= each:
+            return np.arange(rows)
+        chosen = np.sort(np.argsort(self.random.random((inputs, each)), axis=1)[:, :count], axis=1)
+        return (np.arange(inputs)[:, None] * each + chosen).ravel()
+
     def __iter__(self) -> Iterator[tuple[dict[Ref, Any], dict[Ref, Any], Array]]:
         """The last pass of a task. Per batch: tensors of the sources, tensors of the merged network, which inputs are
         held back."""
@@ -121,7 +142,7 @@ class Context:
         shares: importance of the sources, sums to 1.
         source_tape: the sources' network on all batches.
         held: per batch, which inputs are held back, shape (batch,), bool.
-        rng: source of random numbers.
+        seed: of all random numbers.
         pairs: per space, how its units are made from the sources'.
         own: the merged network, live.
         merged_tape: the merged network on all batches.
@@ -134,7 +155,7 @@ class Context:
     shares: Sequence[float]
     source_tape: Tape
     held: Sequence[Array]
-    rng: np.random.Generator
+    seed: int
     pairs: list[Pair] = field(default_factory=list)
     own: Network | None = None
     merged_tape: Tape | None = None
@@ -283,17 +304,6 @@ class Context:
         source, own = self.origin(layer).members[0]
         return self.frame.sources[source].states[own].weights[place].key
 
-    def pick(self, rows: int, inputs: int, wanted: float) -> Array:
-        """Numbers of some rows, equally many of each input.
-
-        Args:
-            rows: in all, those of each input in a row.
-            inputs: how many inputs they belong to.
-            wanted: rows per input.
-        """
-        each = rows // inputs
-        count = max(1, int(np.ceil(wanted)))
-        if count >= each:
-            return np.arange(rows)
-        chosen = np.sort(np.argsort(self.rng.random((inputs, each)), axis=1)[:, :count], axis=1)
-        return (np.arange(inputs)[:, None] * each + chosen).ravel()
+    def random(self, address: str) -> np.random.Generator:
+        """Random numbers for what the address says, the same whatever else is drawn."""
+        return generator(self.seed, f"fuse/{address}")

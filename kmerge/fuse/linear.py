@@ -238,7 +238,7 @@ class LinearTask:
                 shape = given[0][1].shape
                 seen = [(source, linear.outputs(values)) for source, values in given]
                 rows = len(seen[0][1])
-                picked = context.pick(rows, len(away), per_input)
+                picked = passes.pick(rows, len(away), per_input)
                 columns = known[kinds[number]]
                 target = sum(values[picked].astype(np.float64) @ columns[source] for source, values in seen)
                 for ref in self._others(chain):

@@ -226,11 +226,10 @@ class _Run:
         shared = [number for number, layer in enumerate(plan.of_first) if layer.role == "shared" and layer.has_weights]
         spaces = layout_spaces(layout, shared)
         frame = Frame(layout.sources, spaces, tuple(space.size for space in spaces))
-        rng = np.random.default_rng(self.seed)
         first = channels_first(source_graph(layout.first))
         enough = ENOUGH_FOR_DENSE if _gives_one_row(merged, layout.sources) else ENOUGH
-        batches, held = in_batches(inputs, enough if self.method == "fuse" else 0, rng, first)
-        return Context(every, merged, frame, plan.weights, Tape(every, batches, MEMORY), held, rng)
+        batches, held = in_batches(inputs, enough if self.method == "fuse" else 0, self.seed, first)
+        return Context(every, merged, frame, plan.weights, Tape(every, batches, MEMORY), held, self.seed)
 
     def _every(self, context: Context) -> list[Task]:
         """A step for each layer that can be fitted."""
@@ -267,9 +266,9 @@ class _Run:
         whole = {space for task in seen for site in task.sites() if not site.averaged for space in site.spaces}
         if self.method == "fuse" and plan.width != 1:
             changing = [number for number in free if can_change(context, number)]
-            rng = np.random.default_rng(plan.seed)
 
             def loss(number: int, size: int) -> float:
+                rng = context.random(f"width/{number}/{size}")
                 return unexplained(frame, number, moments[number], scaled.get(number, False), size, rng, context.shares)
 
             context.frame = frame = replace(frame, sizes=spent(context, plan.width, changing, loss))
@@ -291,7 +290,7 @@ class _Run:
         if self.method == "fuse" and whole:
             return selected(frame, number, moments, context.shares)
         if self.method == "fuse":
-            pair = clustered(frame, number, moments, scaled, context.rng, context.shares)
+            pair = clustered(frame, number, moments, scaled, context.random(f"units/{number}"), context.shares)
             samples = samples_of(context, seen, number, moments, self._matters, self.together)
             return pair if samples is None else blended(frame, number, samples, pair, context.shares)
         likeness = correlations(moments.total, moments.products, moments.count)
@@ -299,7 +298,7 @@ class _Run:
             return zipped(likeness, context.shares, frame.spaces[number].size)
         if self.method == "transport":
             return transported(likeness, context.shares, float(self.options["epsilon"]))
-        return assigned(likeness, context.shares, context.rng)
+        return assigned(likeness, context.shares, context.random(f"units/{number}"))
 
     def _tell_width(self, context: Context, free: Sequence[int], changing: Sequence[int]) -> None:
         left = len(free) - len(changing)

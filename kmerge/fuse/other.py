@@ -119,7 +119,7 @@ class SeparableTask:
                 seen = context.results(call)
                 inputs = to_numpy(ours[context.input(call)])
                 rows = len(self.spread.outputs(to_numpy(theirs[seen[0][1]])))
-                picked = context.pick(rows, len(away), LEAST_ROWS / context.examples)
+                picked = passes.pick(rows, len(away), LEAST_ROWS / context.examples)
                 design = self.spread.rows(inputs, picked)
                 target = np.zeros((len(picked), channels, times))
                 for source, ref in seen:
@@ -147,7 +147,7 @@ class SeparableTask:
             for call, kind in zip(calls, kinds, strict=True):
                 seen = [(source, self.spread.outputs(to_numpy(theirs[ref]))) for source, ref in context.results(call)]
                 rows = len(seen[0][1])
-                picked = context.pick(rows, len(away), wanted)
+                picked = passes.pick(rows, len(away), wanted)
                 design = self.spread.rows(to_numpy(ours[context.input(call)]), picked).astype(np.float64)
                 design = np.einsum("rct,ctm->rcm", design, spread).reshape(len(picked), -1)
                 target = sum(values[picked].astype(np.float64) @ known[kind][source] for source, values in seen)
@@ -225,7 +225,7 @@ class ScoreTask:
                     weight = context.stored(source, members[source], place).astype(np.float64).reshape(-1)
                     target += context.shares[source] / total * (self._features(own, inner[source]) @ weight)
                 x, target = x.reshape(-1, x.shape[-1]), target.reshape(-1, 1)
-                picked = context.pick(len(x), few, _SCORES / context.examples)
+                picked = passes.pick(len(x), few, _SCORES / context.examples)
                 fit.add(0, x[picked], target[picked], away[picked // each])
         solved = fit.solve(guess.reshape(-1, 1), False)
         context.set(layer, place, solved.kernel.reshape(guess.shape))

@@ -262,9 +262,9 @@ class RecurrentTask:
                 for number, part in enumerate(self.parts):
                     own = given.read(ours, number, len(self.parts), part.backwards)
                     if chosen is None:
-                        chosen = np.flatnonzero(self.context.rng.random(len(away)) < self._share(own, part))
+                        chosen = np.flatnonzero(passes.random.random(len(away)) < self._share(own, part))
                     if len(chosen):
-                        lessons[number].append(self._lesson(number, call, theirs, own, chosen, away))
+                        lessons[number].append(self._lesson(number, call, theirs, own, chosen, away, passes.random))
         lines = [self._solve(number, own) for number, own in enumerate(lessons)]
         return f"{self.context.layer(self.layer).name}: {'; '.join(lines)}"
 
@@ -295,14 +295,21 @@ class RecurrentTask:
         return found
 
     def _lesson(
-        self, number: int, call: int, values: Mapping[Ref, Any], given: Sequences, chosen: Array, away: Array
+        self,
+        number: int,
+        call: int,
+        values: Mapping[Ref, Any],
+        given: Sequences,
+        chosen: Array,
+        away: Array,
+        rng: np.random.Generator,
     ) -> Lesson:
         part, context = self.parts[number], self.context
         count, steps, inputs = given.x.shape
         wanted = max(LEAST_ROWS, ROWS_PER_COLUMN * (inputs + self._units(part)))
         share = len(chosen) / count
         each = max(1, int(np.ceil(wanted / (context.examples * share * len(self.given)))))
-        picked = _steps(len(chosen), steps, each, context.rng)
+        picked = _steps(len(chosen), steps, each, rng)
         sums: list[Any] = [0.0] * 5
         read = []
         for source, theirs, weights in self.examples(number, call, values):

@@ -35,7 +35,7 @@ def sensitivities(context: Context, tasks: Sequence[Task], together: bool = Fals
     """
     sites: list[Site] = [site for task in tasks for site in task.sites() if site.averaged]
     numbers = [number for number, site in enumerate(site for task in tasks for site in task.sites()) if site.averaged]
-    rng = context.rng.spawn(1)[0]
+    rng = context.random("signs")
     behind = {ref: _behind(context, ref) for site in sites for ref in site.tensors}
     outputs = _outputs(context)
     each = len(outputs) // len(context.frame.sources) if together else len(outputs)

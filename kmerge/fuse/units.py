@@ -51,14 +51,16 @@ def unit_moments(context: Context, tasks: Sequence[Task]) -> dict[int, Moments]:
     wanted = tuple(dict.fromkeys(ref for site in sites for ref in site.tensors))
     later = frozenset(ref for task in tasks for ref in task.sees)
     result: dict[int, Moments] = {}
-    for batch, values in zip(context.source_tape.batches, context.source_tape.passes(wanted, later), strict=True):
+    passes = zip(context.source_tape.batches, context.source_tape.passes(wanted, later), strict=True)
+    for turn, (batch, values) in enumerate(passes):
         part = SAMPLE * len(batch[0]) / context.examples
         for number, site in enumerate(sites):
-            for space, rows in site.views(values, ROWS / context.examples, context.rng):
+            rng = context.random(f"site/{number}/batch/{turn}")
+            for space, rows in site.views(values, ROWS / context.examples, rng):
                 size = rows.shape[1]
                 found = result.setdefault(space, Moments(np.zeros(size), np.zeros((size, size))))
                 found.add(rows)
-                kept = context.rng.random(len(rows)) < part / max(len(rows), 1)
+                kept = rng.random(len(rows)) < part / max(len(rows), 1)
                 found.samples.setdefault(number, []).append(rows[kept].astype(np.float32))
     return result
 
