@@ -26,7 +26,7 @@ from kmerge.fuse.batches import UNSEEN, in_batches, share_unseen
 from kmerge.fuse.blend import BY_OUTPUTS, FUNCTIONS, Sample, _metric, _Problem, blended, function_of
 from kmerge.fuse.clusters import cluster_units, distances
 from kmerge.fuse.context import Context
-from kmerge.fuse.model import Fusion, fuse_models
+from kmerge.fuse.model import Fusion, fuse_models, memory_for
 from kmerge.fuse.pairing import assigned, correlations, transported, zipped
 from kmerge.fuse.pairs import Frame, Pair, arranged, by_position
 from kmerge.fuse.ridge import STRENGTHS, Regression, Solution
@@ -922,6 +922,13 @@ def test_each_head_is_judged_by_its_own_rows(networks: Networks, tmp_path: Path)
 def test_the_agreement_is_never_that_of_one_row(rows: int, unseen: int) -> None:
     given = inputs_of(np.zeros((rows, 2)))
     assert given.split(share_unseen(given.owners), 0)[1].rows == unseen
+
+
+@pytest.mark.parametrize(
+    ("parameters", "memory"), [(0, 32 << 20), (240_000, 32 << 20), (4_000_000, 512_000_000), (25_000_000, 1 << 30)]
+)
+def test_more_activations_are_kept_of_large_networks(parameters: int, memory: int) -> None:
+    assert memory_for(SimpleNamespace(num_parameters=parameters)) == memory  # type: ignore[arg-type]
 
 
 def test_the_seed_of_a_method_wins(networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,8 +54,9 @@ from kmerge.source import Source
 from kmerge.spaces import layout_spaces
 from kmerge.surgery import Merged, merge_graphs
 
-MEMORY = 32 << 20
-"""Bytes of activations that each of both networks may keep between two steps."""
+MEMORY, PER_PARAMETER, MOST_MEMORY = 32 << 20, 128, 1 << 30
+"""Bytes of activations that each of both networks may keep between two steps: at least, for each parameter of a source,
+and at most. What is not kept is computed again, which takes long where networks are large."""
 ENOUGH, ENOUGH_FOR_DENSE = 1000, 8000
 """Inputs below which more are made out of pairs of them. It takes more where each is but one row for every layer, as in
 a network of dense layers."""
@@ -107,8 +108,8 @@ def fuse_models(
     Memory, at its peak the sum of:
         - the weights of all sources and of the merged model, live, and those of the merged model in float64;
         - the inputs, and those made of them, up to `ENOUGH`;
-        - `MEMORY` of activations for each of both networks, and all activations of one batch, which has at most 48
-          inputs and 2 MB of them;
+        - 32 MB of activations for each of both networks, more of large ones (`memory_for`), and all activations of one
+          batch, which has at most 48 inputs and 2 MB of them;
         - for all groups of units together, products of the units of all sources in float64, and 6,000 rows of them for
           each place where they are seen;
         - one layer's sums of products, columns squared in float64, or its rows where they are fewer than its columns;
@@ -207,7 +208,7 @@ class _Run:
         tasks = self._tasks(context)
         context.values = _guess(context, left_layers(context, self._every(context)))
         context.own = self.open(context.merged, context.values, "merged")
-        context.merged_tape = Tape(context.own, context.source_tape.batches, MEMORY)
+        context.merged_tape = Tape(context.own, context.source_tape.batches, memory_for(self.layout.first))
         self.progress(2, len(tasks) + 2)
         for number, task in enumerate(tasks):
             later = tasks[number + 1 :]
@@ -229,7 +230,8 @@ class _Run:
         first = channels_first(source_graph(layout.first))
         enough = ENOUGH_FOR_DENSE if _gives_one_row(merged, layout.sources) else ENOUGH
         batches, held = in_batches(inputs, enough if self.method == "fuse" else 0, self.seed, first)
-        return Context(every, merged, frame, plan.weights, Tape(every, batches, MEMORY), held, self.seed)
+        tape = Tape(every, batches, memory_for(layout.first))
+        return Context(every, merged, frame, plan.weights, tape, held, self.seed)
 
     def _every(self, context: Context) -> list[Task]:
         """A step for each layer that can be fitted."""
@@ -307,6 +309,11 @@ class _Run:
                 f"{left} of {len(free)} groups of units keep their number, because what follows counts on it: "
                 "the trunk is wider elsewhere only"
             )
+
+
+def memory_for(source: Source) -> int:
+    """Bytes of activations that each of both networks may keep between two steps, for sources like this one."""
+    return min(max(MEMORY, PER_PARAMETER * source.num_parameters), MOST_MEMORY)
 
 
 def _gives_one_row(merged: Merged, sources: Sequence[Source]) -> bool:
