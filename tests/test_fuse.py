@@ -22,7 +22,7 @@ from kmerge.calibration.inputs import Inputs
 from kmerge.engine import merge_tensors
 from kmerge.fuse import model as fuse_model
 from kmerge.fuse import ridge
-from kmerge.fuse.batches import UNSEEN, in_batches, share_unseen
+from kmerge.fuse.batches import UNSEEN, activation_bytes, batch_size, in_batches, share_unseen
 from kmerge.fuse.blend import BY_OUTPUTS, FUNCTIONS, Sample, _metric, _Problem, blended, function_of
 from kmerge.fuse.clusters import cluster_units, distances
 from kmerge.fuse.context import Context
@@ -630,17 +630,31 @@ def test_crossed_inputs_of_one_network_come_from_the_same_two() -> None:
 def test_every_fifth_input_is_held_back_whatever_the_size_of_a_batch(size: int) -> None:
     """Of inputs of a megabyte, fewer than five are run at a time."""
     given = inputs_of(np.broadcast_to(np.arange(23, dtype="uint8")[:, None], (23, size)))
-    batches, held = in_batches(given, 0, np.random.default_rng(0))
+    batches, held = in_batches(given, 0, 0)
     assert all(len(batch[0]) == len(marks) for batch, marks in zip(batches, held, strict=True))
     assert size == 7 or max(map(len, held)) <= 5
     rows = np.concatenate([batch[0][marks, 0] for batch, marks in zip(batches, held, strict=True)])
     assert rows.tolist() == [4, 9, 14, 19]
 
 
+def test_fewer_inputs_are_run_at_a_time_where_much_is_computed_of_each(tmp_path: Path) -> None:
+    """A picture of 16 numbers, 2 * 16 after the convolution, 32 in a row, 5 in the end; free lengths count as 1."""
+    import keras
+
+    given = inputs_of(np.zeros((100, 4)))
+    assert [batch_size(given, size) for size in (0, 100 << 20, 1 << 40)] == [48, 5, 1]
+    layers = [keras.layers.Conv2D(2, 3, padding="same"), keras.layers.Flatten(), keras.layers.Dense(5)]
+    keras.Sequential([keras.Input((4, 4, 1)), *layers]).save(tmp_path / "a.keras")
+    keras.Sequential([keras.Input((None, 3)), keras.layers.Dense(2)]).save(tmp_path / "b.keras")
+    for name, numbers in (("a", 16 + 32 + 32 + 5), ("b", 3 + 2)):
+        with open_source(tmp_path / f"{name}.keras", name) as source:
+            assert activation_bytes(source_graph(source)) == 4 * numbers
+
+
 def test_no_input_is_made_of_one_that_is_held_back() -> None:
     """Each value of input number k is k."""
     given = inputs_of(np.ones((20, 6, 2), dtype="float32") * np.arange(20.0, dtype="float32")[:, None, None])
-    batches, held = in_batches(given, 80, np.random.default_rng(0))
+    batches, held = in_batches(given, 80, 0)
     arrays, marks = np.concatenate([batch[0] for batch in batches]), np.concatenate(held)
     assert len(arrays) == 80
     assert not marks[20:].any()

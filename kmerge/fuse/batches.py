@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import numpy as np
@@ -10,10 +11,12 @@ from kmerge.agreement import FEW_ROWS
 from kmerge.calibration.enrich import crossed
 from kmerge.calibration.inputs import Inputs
 from kmerge.data import generator
+from kmerge.graph import Graph
 from kmerge.methods.registry import Array
+from kmerge.shapes import infer_shapes
 
-BATCH_BYTES = 2 << 20
-"""Bytes of inputs that are run at a time."""
+BATCH_BYTES, ACTIVATION_BYTES = 2 << 20, 512 << 20
+"""Bytes of inputs that are run at a time, and of what is computed of them."""
 HELD_BACK = 5
 """One input of so many chooses the strength of the regressions."""
 UNSEEN = 0.1
@@ -39,13 +42,25 @@ def held_back(rows: int) -> Array:
     return np.asarray(np.arange(rows) % HELD_BACK == HELD_BACK - 1)
 
 
-def batch_size(inputs: Inputs) -> int:
-    """How many inputs are run at a time."""
-    return max(1, min(48, BATCH_BYTES // max(1, sum(array[:1].nbytes for array in inputs.arrays))))
+def activation_bytes(graph: Graph) -> int:
+    """Bytes of all that a network computes of one input; sizes that are free count as 1."""
+    shapes = infer_shapes(graph).values()
+    return 4 * sum(math.prod(size or 1 for size in shape[1:]) for shape in shapes if shape is not None)
+
+
+def batch_size(inputs: Inputs, activations: int) -> int:
+    """How many inputs are run at a time.
+
+    Args:
+        inputs: of which.
+        activations: bytes of all that is computed of one of them.
+    """
+    each = sum(array[:1].nbytes for array in inputs.arrays)
+    return max(1, min(48, BATCH_BYTES // max(1, each), ACTIVATION_BYTES // max(1, activations)))
 
 
 def in_batches(
-    inputs: Inputs, enough: int, seed: int, first: Collection[int] = ()
+    inputs: Inputs, enough: int, seed: int, first: Collection[int] = (), activations: int = 0
 ) -> tuple[list[tuple[Array, ...]], list[Array]]:
     """All inputs, and more that are made of pairs of them where they are few.
 
@@ -54,12 +69,13 @@ def in_batches(
         enough: below so many, more are made until there are as many.
         seed: of the pairs.
         first: numbers of the inputs whose channels stand before their positions.
+        activations: bytes of all that is computed of one input.
 
     Returns:
         Batches, and for each which of its inputs are held back: every fifth of all that were given, whatever the size
         of a batch. None is made of these, so that they tell of what was not fitted to.
     """
-    size, held = batch_size(inputs), held_back(inputs.rows)
+    size, held = batch_size(inputs, activations), held_back(inputs.rows)
     batches = list(inputs.batches(size))
     marks = [held[start : start + size] for start in range(0, inputs.rows, size)]
     if inputs.rows < enough:

@@ -16,7 +16,7 @@ from kmerge.calibration.network import Network, Tape, open_network, to_numpy
 from kmerge.data import entries
 from kmerge.errors import PlanError
 from kmerge.fuse.attention import attention_tasks
-from kmerge.fuse.batches import held_back, in_batches, share_unseen
+from kmerge.fuse.batches import activation_bytes, held_back, in_batches, share_unseen
 from kmerge.fuse.blend import blended
 from kmerge.fuse.chains import NORMALS
 from kmerge.fuse.context import Context, Passes, Task
@@ -109,7 +109,7 @@ def fuse_models(
         - the weights of all sources and of the merged model, live, and those of the merged model in float64;
         - the inputs, and those made of them, up to `ENOUGH`;
         - 32 MB of activations for each of both networks, more of large ones (`memory_for`), and all activations of one
-          batch, which has at most 48 inputs and 2 MB of them;
+          batch, which has at most 48 inputs, 2 MB of them, and 512 MB of what is computed of them;
         - for all groups of units together, products of the units of all sources in float64, and 6,000 rows of them for
           each place where they are seen;
         - one layer's sums of products, columns squared in float64, or its rows where they are fewer than its columns;
@@ -229,7 +229,8 @@ class _Run:
         frame = Frame(layout.sources, spaces, tuple(space.size for space in spaces))
         first = channels_first(source_graph(layout.first))
         enough = ENOUGH_FOR_DENSE if _gives_one_row(merged, layout.sources) else ENOUGH
-        batches, held = in_batches(inputs, enough if self.method == "fuse" else 0, self.seed, first)
+        activations = activation_bytes(every.merged.graph)
+        batches, held = in_batches(inputs, enough if self.method == "fuse" else 0, self.seed, first, activations)
         tape = Tape(every, batches, memory_for(layout.first))
         return Context(every, merged, frame, plan.weights, tape, held, self.seed)
 
