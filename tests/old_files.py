@@ -20,7 +20,7 @@ def write_old(
     version: str = "1.2.2",
     backend: str | None = None,
 ) -> Path:
-    """A Sequential model whose first layer has weights; `backend` is what Keras 2 wrote of it."""
+    """A Sequential model whose first layer has weights; `backend` is its name, which Keras 1 did not record."""
     entries = [{"class_name": name, "config": {"name": f"l{n}", **config}} for n, (name, config) in enumerate(layers)]
     with h5py.File(path, "w") as file:
         file.attrs["model_config"] = json.dumps({"class_name": "Sequential", "config": entries})

@@ -71,7 +71,7 @@ def assert_equal(got: list[np.ndarray], wanted: list[np.ndarray]) -> None:
 
 @lru_cache(maxsize=1)
 def built(name: str) -> list[Any]:
-    """The same for both formats: nothing here changes them."""
+    """Sources of a case, the same for both formats: nothing here changes them."""
     return zoo.sources(zoo.CASES[name], 2)
 
 

@@ -16,7 +16,7 @@ from kmerge.methods.registry import Array
 from kmerge.shapes import infer_shapes
 
 BATCH_BYTES, ACTIVATION_BYTES = 2 << 20, 512 << 20
-"""Bytes of inputs that are run at a time, and of what is computed of them."""
+"""Bytes of inputs that are run at a time, and of what the sources' layers give for them, as far as sizes are known."""
 HELD_BACK = 5
 """One input of so many chooses the strength of the regressions."""
 UNSEEN = 0.1
@@ -43,7 +43,7 @@ def held_back(rows: int) -> Array:
 
 
 def activation_bytes(graph: Graph) -> int:
-    """Bytes of all that a network computes of one input; sizes that are free count as 1."""
+    """Bytes of what the layers of a network give for one input; sizes that are free count as 1."""
     shapes = infer_shapes(graph).values()
     return 4 * sum(math.prod(size or 1 for size in shape[1:]) for shape in shapes if shape is not None)
 
@@ -52,8 +52,8 @@ def batch_size(inputs: Inputs, activations: int) -> int:
     """How many inputs are run at a time.
 
     Args:
-        inputs: of which.
-        activations: bytes of all that is computed of one of them.
+        inputs: that are to be run.
+        activations: bytes of what the layers give for one of them.
     """
     each = sum(array[:1].nbytes for array in inputs.arrays)
     return max(1, min(48, BATCH_BYTES // max(1, each), ACTIVATION_BYTES // max(1, activations)))
@@ -69,7 +69,7 @@ def in_batches(
         enough: below so many, more are made until there are as many.
         seed: of the pairs.
         first: numbers of the inputs whose channels stand before their positions.
-        activations: bytes of all that is computed of one input.
+        activations: bytes of what the layers give for one input; 0 for no bound by them.
 
     Returns:
         Batches, and for each which of its inputs are held back: every fifth of all that were given, whatever the size

@@ -91,8 +91,8 @@ class Passes:
 
     @cached_property
     def random(self) -> np.random.Generator:
-        """For the task alone."""
-        return self.context.random("/".join(self.context.layer(number).name for number in self.task.layers))
+        """Random numbers for the task alone, whatever its layers are called."""
+        return self.context.random(f"task/{'/'.join(map(str, self.task.layers))}")
 
     def pick(self, rows: int, inputs: int, wanted: float) -> Array:
         """Numbers of some rows, equally many of each input.

@@ -55,8 +55,9 @@ from kmerge.spaces import layout_spaces
 from kmerge.surgery import Merged, merge_graphs
 
 MEMORY, PER_PARAMETER, MOST_MEMORY = 32 << 20, 128, 1 << 30
-"""Bytes of activations that each of both networks may keep between two steps: at least, for each parameter of a source,
-and at most. What is not kept is computed again, which takes long where networks are large."""
+"""Bytes of activations that each of both networks may keep between two steps: so many at least, so many for each
+parameter of the first source, and so many at most. What is not kept is computed again, which takes long where networks
+are large."""
 ENOUGH, ENOUGH_FOR_DENSE = 1000, 8000
 """Inputs below which more are made out of pairs of them. It takes more where each is but one row for every layer, as in
 a network of dense layers."""
@@ -108,8 +109,9 @@ def fuse_models(
     Memory, at its peak the sum of:
         - the weights of all sources and of the merged model, live, and those of the merged model in float64;
         - the inputs, and those made of them, up to `ENOUGH`;
-        - 32 MB of activations for each of both networks, more of large ones (`memory_for`), and all activations of one
-          batch, which has at most 48 inputs, 2 MB of them, and 512 MB of what is computed of them;
+        - 32 MB of activations for each of both networks, up to 1 GB of large ones (`memory_for`), and all activations
+          of one batch, which has at most 48 inputs, 2 MB of them and 512 MB of what the sources' layers give for them,
+          but one input at least;
         - for all groups of units together, products of the units of all sources in float64, and 6,000 rows of them for
           each place where they are seen;
         - one layer's sums of products, columns squared in float64, or its rows where they are fewer than its columns;

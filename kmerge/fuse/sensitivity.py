@@ -36,6 +36,7 @@ def sensitivities(context: Context, tasks: Sequence[Task], together: bool = Fals
     sites: list[Site] = [site for task in tasks for site in task.sites() if site.averaged]
     numbers = [number for number, site in enumerate(site for task in tasks for site in task.sites()) if site.averaged]
     rng = context.random("signs")
+    views = context.random("signs/sites")
     behind = {ref: _behind(context, ref) for site in sites for ref in site.tensors}
     outputs = _outputs(context)
     each = len(outputs) // len(context.frame.sources) if together else len(outputs)
@@ -67,7 +68,7 @@ def sensitivities(context: Context, tasks: Sequence[Task], together: bool = Fals
             for number, site in zip(numbers, sites, strict=True):
                 if all(behind[ref] in found for ref in site.tensors):
                     values = {ref: found[behind[ref]] for ref in site.tensors}
-                    for space, rows in site.views(values, np.inf, rng):
+                    for space, rows in site.views(values, np.inf, views):
                         product = rows.T @ rows
                         sums[number, space] = sums.get((number, space), 0.0) + product.astype(np.float64)
     return sums
