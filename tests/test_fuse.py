@@ -1067,8 +1067,9 @@ def test_units_that_are_counted_on_keep_their_number(tmp_path: Path) -> None:
         assert agreement_of(model, sources, inputs_of(case.inputs(100))) == pytest.approx(reported(fusion), abs=1e-4)
 
 
-def test_means_of_several_outputs_of_other_shapes(tmp_path: Path) -> None:
-    """Each output of a source goes into the mean of its own place."""
+@pytest.mark.parametrize("first", [1, 9, 99])
+def test_means_of_several_outputs_of_other_shapes(first: int, tmp_path: Path) -> None:
+    """Each output of a source goes into the mean of its own place, whatever it is called and is sorted by."""
     import keras
 
     import kmerge
@@ -1077,8 +1078,12 @@ def test_means_of_several_outputs_of_other_shapes(tmp_path: Path) -> None:
     for seed in range(2):
         keras.utils.set_random_seed(seed)
         x = keras.Input((6,))
-        hidden = keras.layers.Dense(12, activation="relu")(x)
-        outputs = [keras.layers.Dense(3, activation="softmax")(hidden), keras.layers.Dense(2)(hidden)]
+        hidden = keras.layers.Dense(12, activation="relu", name="hidden")(x)
+        names = [f"dense_{first + number + seed}" for number in range(2)]
+        outputs = [
+            keras.layers.Dense(3, activation="softmax", name=names[0])(hidden),
+            keras.layers.Dense(2, name=names[1])(hidden),
+        ]
         paths.append(tmp_path / f"{seed}.keras")
         keras.Model(x, outputs).save(paths[-1])
     rows = np.random.default_rng(0).standard_normal((300, 6)).astype(np.float32)

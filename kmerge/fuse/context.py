@@ -15,7 +15,8 @@ from kmerge.data import generator
 from kmerge.fuse.blend import Function, function_of
 from kmerge.fuse.chains import Chains, activation_of
 from kmerge.fuse.pairs import LEAST_PART, Frame, Pair
-from kmerge.graph import Layer, Ref, refs
+from kmerge.graph import Layer, Ref, flatten, refs
+from kmerge.layout import source_graph
 from kmerge.methods.registry import Array
 from kmerge.surgery import Merged, MergedLayer
 
@@ -213,6 +214,15 @@ class Context:
     def seen(self, call: int, output: int = 0) -> list[tuple[int, Ref]]:
         """The same tensor in each source that a merged call stands for, in the sources' network."""
         return [(source, Ref(self._counterparts[source, own], output)) for source, own in self.merged.calls[call]]
+
+    def outputs(self) -> list[Ref]:
+        """What the sources give, in the sources' network: all outputs of the first in their order, then of the next."""
+        return [
+            Ref(self._counterparts[number, ref.call], ref.output)
+            for number, source in enumerate(self.frame.sources)
+            for ref in flatten(source_graph(source).outputs)
+            if isinstance(ref, Ref)
+        ]
 
     def results(self, call: int) -> list[tuple[int, Ref]]:
         """What a merged call gives before its own activation, in each source."""

@@ -9,7 +9,7 @@ import numpy as np
 from kmerge.calibration.network import BEFORE
 from kmerge.calibration.slopes import slopes
 from kmerge.fuse.context import Context, Site, Task
-from kmerge.graph import Ref, refs
+from kmerge.graph import Ref
 from kmerge.methods.registry import Array
 
 INPUTS = 128
@@ -75,9 +75,9 @@ def sensitivities(context: Context, tasks: Sequence[Task], together: bool = Fals
 
 
 def _outputs(context: Context) -> dict[Ref, bool]:
-    """What is given by the sources before the last activation, and whether that is a softmax."""
+    """What is given by the sources before the last activation, source by source, and whether that is a softmax."""
     graph, found = context.every.merged.graph, {}
-    for ref in refs(graph.outputs):
+    for ref in context.outputs():
         layer = graph.layers[graph.calls[ref.call].layer]
         target = context.every.target(ref.call) if not ref.output else Ref(ref.call, ref.output)
         name = layer.config.get("activation")
