@@ -391,14 +391,13 @@ def _agreements(
     """What each head of a merged network gives against its source; `names` are those of the outputs by label."""
     assert network is not None
     merged_call = {pair: number for number, stands in enumerate(context.merged.calls) for pair in stands}
-    every_call = {pair: number for number, stands in enumerate(context.every.merged.calls) for pair in stands}
+    outputs = iter(context.outputs())
     heads = []
     for number, source in enumerate(layout.sources):
         tensors = [ref for ref in flatten(source_graph(source).outputs) if isinstance(ref, Ref)]
         for ref, name in zip(tensors, names[source.label], strict=True):
-            theirs = Ref(every_call[number, ref.call], ref.output)
             ours = Ref(merged_call[number, ref.call], ref.output)
-            heads.append((number, name, ref, theirs, ours))
+            heads.append((number, name, ref, next(outputs), ours))
     given: list[tuple[list[Array], list[Array]]] = [([], []) for _ in heads]
     for batch in inputs.batches(max(len(batch[0]) for batch in context.source_tape.batches)):
         one = _outputs(context.every, batch, [head[3] for head in heads])
