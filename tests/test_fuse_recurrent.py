@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,17 @@ import numpy as np
 import pytest
 
 from kmerge import merge_models
+from kmerge.calibration.network import open_network, to_numpy
+from kmerge.calibration.slopes import slopes
 from kmerge.fuse.cells import Cell
 from kmerge.fuse.recurrent import Part, Sequences
 from kmerge.fuse.selection import greedy
+from kmerge.graph import Ref
+from kmerge.layout import lay_out
+from kmerge.planning import make_plan
+from kmerge.rules import Rules
+from kmerge.source import open_source
+from kmerge.surgery import merge_graphs
 
 keras = pytest.importorskip("keras")
 layers = keras.layers
@@ -45,6 +54,42 @@ def part_of(layer: Any) -> tuple[Part, Any]:
     weights = [np.asarray(keras.ops.convert_to_numpy(weight)) for weight in layer.weights]
     part = Part(cell, (0, 1, 2 if len(weights) > 2 else None), layer.go_backwards)
     return part, part.weights(lambda place: weights[place])
+
+
+# ---- running
+
+
+def test_what_runs_step_by_step_gives_the_same_once_it_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its mask and its gradients, for batches of any size."""
+    masked = [layers.Input((6,), dtype="int32"), layers.Embedding(5, 3, mask_zero=True)]
+    model = keras.Sequential([*masked, layers.Bidirectional(layers.LSTM(4, return_sequences=True)), layers.GRU(3)])
+    model.save(tmp_path / "model.keras")
+    tokens = [
+        np.random.default_rng(n).integers(0, 5, (count, 6)).astype(np.int32) for n, count in enumerate((3, 3, 2, 4))
+    ]
+    found: dict[int, list[Any]] = {}
+    for limit in (0, 1_000):
+        monkeypatch.setattr("kmerge.calibration.network._UNCOMPILED", limit)
+        with ExitStack() as stack:
+            sources = [stack.enter_context(open_source(tmp_path / "model.keras", label)) for label in "ab"]
+            merged = merge_graphs(lay_out(sources), make_plan(sources, Rules(trunk="all", method="mean"), "0"))
+            network = open_network(merged, sources, None, tmp_path, "one")
+            embedded, both, last = (Ref(len(merged.graph.calls) - place, 0) for place in (3, 2, 1))
+            for number, batch in enumerate(tokens):
+                values = network.given([batch])
+                network.run(values, [last])
+                np.testing.assert_array_equal(to_numpy(values[both]._keras_mask), batch != 0)
+                gradients = slopes(network, [batch], [last], [embedded], lambda _, value: np.ones_like(value))
+                found.setdefault(number, []).append([to_numpy(values[last]), gradients[embedded]])
+            assert len(network._compiled) == (0 if limit else 2)
+    for number, batch in enumerate(tokens):
+        (compiled, inside), (stepwise, own) = found[number]
+        np.testing.assert_allclose(compiled, stepwise, atol=1e-6)
+        np.testing.assert_allclose(compiled, model.predict_on_batch(batch), atol=1e-6)
+        np.testing.assert_allclose(inside, own, atol=1e-6)
+        assert np.any(inside)
 
 
 # ---- cells

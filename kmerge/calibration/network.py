@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,10 @@ _SPLIT = frozenset(
     }
 )
 """Classes whose activation function is run apart from them."""
+_STEPWISE = frozenset({"SimpleRNN", "LSTM", "GRU", "RNN", "Bidirectional", *(f"ConvLSTM{rank}D" for rank in (1, 2, 3))})
+"""Classes that run their cells in Python, step by step, unless they are compiled."""
+_UNCOMPILED = 250
+"""Steps that a layer of theirs runs one by one before it is compiled, which takes about as long."""
 
 
 @dataclass(eq=False)
@@ -48,6 +53,8 @@ class Network:
     _nodes: tuple[Any, ...] = ()
     _ids: dict[int, Ref] = field(default_factory=dict)
     _activations: dict[int, Any] = field(default_factory=dict)
+    _steps: Counter[int] = field(default_factory=Counter)
+    _compiled: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         graph = self.merged.graph
@@ -136,14 +143,20 @@ class Network:
             MergeError: if Keras cannot run the layer on them.
         """
         args, kwargs = self._nodes[call].arguments.fill_in(_Filled(values, self._ids))
-        own = self.layers[self.merged.graph.calls[call].layer]
+        number = self.merged.graph.calls[call].layer
+        own = self.layers[number]
         if getattr(own, "_call_has_training_arg", False) and kwargs.get("training") is None:
             kwargs["training"] = False
         given = [(tensor, getattr(tensor, "_keras_mask", None)) for tensor in _keras().tree.flatten((args, kwargs))]
+        if self.merged.graph.layers[number].class_name in _STEPWISE and number not in self._compiled:
+            self._steps[number] += given[0][0].shape[1]
+            if self._steps[number] > _UNCOMPILED:
+                self._compiled.add(number)
+                _compile(own)
         try:
             outputs = own(*args, **kwargs)
         except Exception as error:
-            layer = self.merged.graph.layers[self.merged.graph.calls[call].layer]
+            layer = self.merged.graph.layers[number]
             raise MergeError(
                 f"Keras cannot run '{layer.name}' ({layer.class_name}) on the inputs: {live.one_line(error)}. Expected "
                 "inputs such as the models were trained on, tokens below the size of their vocabulary for one: see to "
@@ -202,6 +215,14 @@ class Network:
     def activation(self, layer: int) -> Any:
         """The activation function that was split off a layer; None without one."""
         return self._activations.get(layer)
+
+
+def _compile(own: Any) -> None:
+    """Have TensorFlow run a layer as a graph from now on; other backends compile its loop or do not gain from it."""
+    if _keras().backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        own.call = tf.function(own.call, reduce_retracing=True)
 
 
 def _stored_variables(own: Any) -> list[Any]:

@@ -177,11 +177,15 @@ def _sigmoid(x: Array) -> Array:
     return np.asarray(0.5 * (1 + np.tanh(0.5 * x)))
 
 
+def _relu(x: Array) -> Array:
+    return np.maximum(x, 0)
+
+
 def _linear(x: Array) -> Array:
     return x
 
 
-_KNOWN: dict[str, Function] = {"tanh": np.tanh, "sigmoid": _sigmoid, "linear": _linear}
+_KNOWN: dict[str, Function] = {"tanh": np.tanh, "sigmoid": _sigmoid, "relu": _relu, "linear": _linear}
 
 
 def _function(live: Any) -> Function:
