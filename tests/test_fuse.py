@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ import pytest
 import zoo
 from test_align import merge, twin_of
 
+from kmerge import merge_models
 from kmerge.agreement import Agreement, measure_agreement
 from kmerge.assembly import assemble
 from kmerge.calibration.enrich import channels_first, crossed
@@ -26,9 +29,10 @@ from kmerge.fuse.batches import UNSEEN, activation_bytes, batch_size, in_batches
 from kmerge.fuse.blend import BY_OUTPUTS, FUNCTIONS, Sample, _metric, _Problem, blended, function_of
 from kmerge.fuse.clusters import cluster_units, distances
 from kmerge.fuse.context import Context
+from kmerge.fuse.mixing import Block, Line, Mixing, kept
 from kmerge.fuse.model import Fusion, fuse_models, memory_for
 from kmerge.fuse.pairing import assigned, correlations, transported, zipped
-from kmerge.fuse.pairs import Frame, Pair, arranged, by_position
+from kmerge.fuse.pairs import Frame, Pair, arranged
 from kmerge.fuse.ridge import STRENGTHS, Regression, Solution
 from kmerge.layout import lay_out, source_graph
 from kmerge.output import create_output
@@ -311,7 +315,7 @@ def test_a_blend_is_better_than_its_start(name: str) -> None:
     for seed in range(3):
         frame, values = unrelated(seed)
         samples = [Sample(values, FUNCTIONS[name])]
-        start = by_position(2, 5, [0.5, 0.5])
+        start = Pair(np.stack([np.eye(5) / 2] * 2), np.stack([np.eye(5)] * 2))
         found = blended(frame, 0, samples, start, [0.5, 0.5])
         task = _Problem(frame, 0, samples, [0.5, 0.5])
         before, after = (task.cost(pair.merge.reshape(10, 5))[0] for pair in (start, found))
@@ -556,6 +560,61 @@ def test_units_in_no_simple_order_keep_their_number() -> None:
     assert found[0] == 8
     np.testing.assert_array_equal(found[1][0], mixed)
     np.testing.assert_array_equal(found[1][1], [[4], [5], [6], [7]])
+
+
+def dense_line(line: Line) -> np.ndarray:
+    """The map as a matrix, block by block."""
+    result = np.zeros((line.old, line.new))
+    for block in line.blocks:
+        by = np.eye(len(block.old)) * block.by if np.ndim(block.by) == 0 else block.by
+        for copy in range(block.old.shape[1]):
+            result[np.ix_(block.old[:, copy], block.new[:, copy])] = by
+    return result
+
+
+def test_maps_of_axes_are_their_matrices() -> None:
+    """Three units of two copies each become two, one place stays; beside an axis of 4 that stays, and 2 copies each."""
+    rng = np.random.default_rng(0)
+    units = Block(places([0, 3], [1, 4], [2, 5]), places([0, 1], [2, 3]), rng.standard_normal((3, 2)))
+    line = Line(7, 5, (units, Block(places([6]), places([4]), 0.5)))
+    values = rng.standard_normal((3, 7, 2))
+    np.testing.assert_allclose(line.apply(values, 1), np.einsum("rob,on->rnb", values, dense_line(line)))
+    for copies in (1, 2):
+        scale = rng.standard_normal(20)
+        mixing = Mixing((kept(4, 2.0), line), scale, copies)
+        wanted = np.kron(np.kron(2 * np.eye(4), dense_line(line)) * scale, np.eye(copies))
+        rows = rng.standard_normal((6, len(wanted)))
+        np.testing.assert_allclose(rows @ mixing, rows @ wanted)
+        np.testing.assert_allclose(rows[0] @ abs(mixing), rows[0] @ np.abs(wanted))
+        np.testing.assert_allclose(mixing.matrix(), wanted)
+        np.testing.assert_array_equal(mixing.reached(), np.ones(20 * copies, dtype=bool))
+    scale[7] = 0
+    nothing = Line(7, 5, (replace(units, by=units.by * [0, 1]), *line.blocks[1:]))
+    mixing = Mixing((kept(4, 2.0), nothing), scale)
+    np.testing.assert_array_equal(mixing.reached(), np.any(mixing.matrix() != 0, axis=0))
+    assert not mixing.reached()[[0, 1, 5, 6, 7]].any()
+    assert mixing.reached()[[2, 3, 4, 8, 9]].all()
+
+
+def test_units_that_keep_their_places_take_no_matrix(tmp_path: Path) -> None:
+    """An image of 64 × 64 pixels flattened: a matrix of its places would have 134 MB."""
+    import keras
+    from keras import layers
+
+    models = []
+    for _ in range(3):
+        keras.utils.set_random_seed(0)
+        stack = [layers.Input((64, 64, 1)), layers.Conv2D(1, 3, padding="same", activation="relu"), layers.Flatten()]
+        models.append(keras.Sequential([*stack, layers.Dense(2)]))
+    inputs = np.random.default_rng(0).random((10, 64, 64, 1)).astype(np.float32)
+    tracemalloc.start()
+    try:
+        merged = merge_models(models, method="fuse", data=inputs)
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
+    for found in merged.predict_on_batch(inputs).values():
+        np.testing.assert_allclose(found, models[0].predict_on_batch(inputs), atol=1e-5)
 
 
 # ---- more inputs

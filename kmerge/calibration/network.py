@@ -324,7 +324,7 @@ class Tape:
         self._kept = [{} for _ in self.batches]
 
     def passes(self, wanted: Sequence[Ref], remaining: Collection[Ref]) -> Iterator[dict[Ref, Any]]:
-        """Tensors of each batch.
+        """Tensors of each batch, until the next one is asked for.
 
         Args:
             wanted: which.
@@ -342,6 +342,7 @@ class Tape:
             yield values
             room = min((self.budget - done) // (len(self.batches) - number), self.budget - self._size)
             kept = _smallest(self.network.frontier(values, remaining), room)
+            values.clear()  # whoever holds it yet need not hold two batches
             size = _bytes(kept)
             self._kept[number] = kept
             self._size += size

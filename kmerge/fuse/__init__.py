@@ -4,6 +4,7 @@ batches     inputs, a batch at a time, and which are held back
 chains      where the result of a linear layer is aimed at
 design      linear layers as matrices
 pairs       merge and unmerge, and weights brought there
+mixing      linear maps of axes, block by block
 units       what units do, and which become one
 clusters    of units, by weighted k-means
 blend       units as blends of several, by what follows from them

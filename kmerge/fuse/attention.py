@@ -19,6 +19,7 @@ from kmerge.fuse.chains import Chain
 from kmerge.fuse.context import Context, Passes, Site
 from kmerge.fuse.design import DenseRows
 from kmerge.fuse.linear import LEAST_ROWS, ROWS_PER_COLUMN, Columns, side_by_side
+from kmerge.fuse.mixing import reached
 from kmerge.fuse.ridge import Regression, whole_rows
 from kmerge.graph import Ref, refs
 from kmerge.methods.registry import Array
@@ -242,8 +243,7 @@ class AttentionTask:
                 guess = stored[source, role][0]
                 axis = context.frame.axis((source, members[source], self.places[role][0]), 0)
                 if axis is not None:
-                    matrix = axis.matrix(context.pairs, source, guess.shape[0], 1.0)
-                    guess = np.tensordot(matrix, guess, axes=(0, 0))
+                    guess = axis.line(context.pairs, source, guess.shape[0], 1.0).apply(guess, 0)
                 guess = guess[:, heads[role][source]]
                 biased = len(self.places[role]) > 1
                 solved = fits[source, role].solve(guess.reshape(len(guess), -1), biased)
@@ -275,7 +275,7 @@ class AttentionTask:
         axes = [(place, axis) for axis in range(2, len(shape))]
         kinds = [tuple(source for source, _ in self._targets(chain)) for chain in self.chains]
         known = {kind: context.several(layer, axes, kind) for kind in dict.fromkeys(kinds)}
-        valid = [np.any([np.any(m != 0, axis=0) for m in own.values()], axis=0) for own in known.values()]
+        valid = [reached([*own.values()]) for own in known.values()]
         fit = Columns(width, valid)
         wanted = max(LEAST_ROWS, ROWS_PER_COLUMN * width) / context.examples
         for theirs, ours, away in passes:

@@ -116,7 +116,7 @@ def blended(frame: Frame, number: int, samples: Sequence[Sample], pair: Pair, sh
         shares: importance of the sources.
     """
     units = len(frame.sources) * frame.spaces[number].size
-    size = pair.size
+    size = pair.merge.shape[2]
     problem = _Problem(frame, number, [sample.thinned(ROWS) for sample in samples], shares)
     start = pair.merge.reshape(units, size)
     lost = problem.cost(start)[0] if problem.sites else 0.0

@@ -14,7 +14,8 @@ from kmerge.calibration.network import BEFORE, Network, Tape
 from kmerge.data import generator
 from kmerge.fuse.blend import Function, function_of
 from kmerge.fuse.chains import Chains, activation_of
-from kmerge.fuse.pairs import LEAST_PART, Frame, Pair
+from kmerge.fuse.mixing import Line, Mixing, kept
+from kmerge.fuse.pairs import LEAST_PART, Frame, Kept, Pair
 from kmerge.graph import Layer, Ref, flatten, refs
 from kmerge.layout import source_graph
 from kmerge.methods.registry import Array
@@ -157,7 +158,7 @@ class Context:
     source_tape: Tape
     held: Sequence[Array]
     seed: int
-    pairs: list[Pair] = field(default_factory=list)
+    pairs: list[Pair | Kept] = field(default_factory=list)
     own: Network | None = None
     merged_tape: Tape | None = None
     values: dict[tuple[int, int], Array] = field(default_factory=dict)
@@ -249,7 +250,7 @@ class Context:
         """Chains of the sources' network."""
         return Chains(self.every.merged)
 
-    def columns(self, layer: int, place: int, axis: int, sources: Collection[int] | None = None) -> dict[int, Array]:
+    def columns(self, layer: int, place: int, axis: int, sources: Collection[int] | None = None) -> dict[int, Mixing]:
         """What takes an axis of a layer's weight to the merged network, per source.
 
         Args:
@@ -259,37 +260,38 @@ class Context:
             sources: those that are asked for; all that have the layer by default.
 
         Returns:
-            Shapes (length, merged length). A merged unit is the mean of what these sources have of it, and 0 for all
+            Maps of rows of the axis. A merged unit is the mean of what these sources have of it, and 0 for all
             of them where they have nothing of it.
         """
         return self.several(layer, [(place, axis)], sources)
 
     def several(
         self, layer: int, axes: Sequence[tuple[int, int]], sources: Collection[int] | None = None
-    ) -> dict[int, Array]:
-        """The same for several axes of weights that are laid out one after the other, as one matrix each source."""
+    ) -> dict[int, Mixing]:
+        """The same for several axes of weights that are laid out one after the other, as one map each source."""
         origin = self.origin(layer)
-        found: dict[int, Array] = {}
+        found: dict[int, tuple[Line, ...]] = {}
         parts: dict[int, Array] = {}
         for source, own in origin.members:
             if sources is not None and source not in sources:
                 continue
             alone = len(origin.members) == 1
             share = 1.0 if alone else self.shares[source]
-            matrix: Array = np.ones((1, 1))
+            lines: list[Line] = []
             part: Array = np.ones(1)
             for place, axis in axes:
                 size = self.frame.shape((source, own, place))[axis]
                 units = self.frame.axis((source, own, place), axis)
-                one = np.eye(size) * share if units is None else units.matrix(self.pairs, source, size, share, alone)
+                lines.append(kept(size, share) if units is None else units.line(self.pairs, source, size, share, alone))
                 mine = np.full(size, share) if units is None else units.parts(self.pairs, source, share, alone)
-                matrix, part = np.kron(matrix, one), np.kron(part, mine)
-            found[source], parts[source] = matrix, part
-        if len(axes) == 1 and len(origin.members) == len(found) > 1:  # all of it: made of parts that sum to 1
-            return found
+                part = np.kron(part, mine)
+            found[source], parts[source] = tuple(lines), part
         total = sum(parts.values(), np.zeros(1))
-        scale = np.where(total > LEAST_PART, 1 / np.maximum(total, LEAST_PART), 0.0)
-        return {source: matrix * scale for source, matrix in found.items()}
+        if len(axes) == 1 and len(origin.members) == len(found) > 1:  # all of it: made of parts that sum to 1
+            scale = np.ones(len(total))
+        else:
+            scale = np.where(total > LEAST_PART, 1 / np.maximum(total, LEAST_PART), 0.0)
+        return {source: Mixing(own, scale) for source, own in found.items()}
 
     def set(self, layer: int, place: int, value: Array) -> None:
         """A weight of the merged network, in what will be written and in the live layer."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from kmerge.dialects.vocabulary import is_quantized
+from kmerge.fuse.mixing import Mixing
 from kmerge.methods.registry import Array
 from kmerge.shapes.layers import einsum, inner_layer
 
@@ -42,9 +43,9 @@ class Linear(ABC):
         """The axis of the layer's result on which all its outputs stand; None where they stand on several."""
         return rank - 1
 
-    def widened(self, columns: Array, kernel: Sequence[int]) -> Array:
-        """A matrix for units on the kernel's axes as one for the layer's outputs."""
-        return np.kron(columns, np.eye(self.copies(kernel)))
+    def widened(self, columns: Mixing, kernel: Sequence[int]) -> Mixing:
+        """A map of units on the kernel's axes as one of the layer's outputs."""
+        return replace(columns, copies=self.copies(kernel))
 
     def positions(self, places: Array, number: int, kernel: Sequence[int]) -> Array:
         """Where units on one of the kernel's axes stand among the outputs.

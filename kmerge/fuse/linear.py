@@ -13,6 +13,7 @@ from kmerge.calibration.network import to_numpy
 from kmerge.fuse.chains import Chain
 from kmerge.fuse.context import Context, Passes, Site
 from kmerge.fuse.design import Linear, agrees
+from kmerge.fuse.mixing import Mixing, reached
 from kmerge.fuse.ridge import Regression, Solution, whole_rows
 from kmerge.fuse.scale import rebase
 from kmerge.graph import Ref, refs
@@ -222,10 +223,7 @@ class LinearTask:
         groups, width, outputs = guess.shape
         kinds = [tuple(source for source, _ in self._targets(chain)) for chain in first.chains]
         known = {kind: self._columns(first.layer, kind) for kind in dict.fromkeys(kinds)}
-        valid = [
-            np.any([np.any(matrix != 0, axis=0) for matrix in own.values()], axis=0).reshape(groups, -1)
-            for own in known.values()
-        ]
+        valid = [reached([*own.values()]).reshape(groups, -1) for own in known.values()]
         regressions = [Columns(width, [own[group] for own in valid]) for group in range(groups)]
         wanted = MOST_COLUMNS if width > MOST_COLUMNS else max(LEAST_ROWS, ROWS_PER_COLUMN * width)
         per_input = wanted / len(first.chains) / context.examples
@@ -271,7 +269,7 @@ class LinearTask:
         names = " + ".join(context.layer(piece.layer).name for piece in self.pieces)
         return f"{names}: {width} to {outputs * groups}, {explained:.4f} explained, strength {solved[0].strength:.0e}"
 
-    def _columns(self, layer: int, sources: Collection[int]) -> dict[int, Array]:
+    def _columns(self, layer: int, sources: Collection[int]) -> dict[int, Mixing]:
         """What takes outputs of each source to those of the merged layer."""
         place, linear = self.place(layer), self.linear[layer]
         shape = self.context.values[layer, place].shape

@@ -14,6 +14,7 @@ from kmerge.fuse.attention import score_weights
 from kmerge.fuse.context import Context, Passes, Site
 from kmerge.fuse.design import ConvolutionRows, DenseRows, Linear, linear_rows
 from kmerge.fuse.linear import LEAST_ROWS, ROWS_PER_COLUMN, Columns, Found, side_by_side
+from kmerge.fuse.mixing import reached
 from kmerge.graph import Ref, refs
 from kmerge.methods.registry import Array
 from kmerge.shapes.calls import inputs_of
@@ -112,7 +113,7 @@ class SeparableTask:
         calls = context.calls(layer)
         kinds = [tuple(source for source, _ in context.results(call)) for call in calls]
         known = {kind: context.several(layer, [(depthwise, len(shape) - 2)], kind) for kind in dict.fromkeys(kinds)}
-        valid = [np.any([np.any(m != 0, axis=0) for m in own.values()], axis=0) for own in known.values()]
+        valid = [reached([*own.values()]) for own in known.values()]
         fits = [Columns(taps, [np.repeat(own[channel], times) for own in valid]) for channel in range(channels)]
         for theirs, ours, away in passes.again():
             for call, kind in zip(calls, kinds, strict=True):
@@ -125,7 +126,7 @@ class SeparableTask:
                 for source, ref in seen:
                     own = self.spread.rows(to_numpy(theirs[self._source_input(ref)]), picked).astype(np.float64)
                     made = np.einsum("rct,ctm->rcm", own, stored[source])
-                    target += np.einsum("rcm,cd->rdm", made, known[kind][source])
+                    target += np.swapaxes(np.swapaxes(made, 1, 2) @ known[kind][source], 1, 2)
                 back = away[picked // (rows // len(away))]
                 for channel, fit in enumerate(fits):
                     fit.add(list(known).index(kind), design[:, channel], target[:, channel], back)
@@ -141,7 +142,7 @@ class SeparableTask:
         calls = context.calls(layer)
         kinds = [tuple(source for source, _ in context.results(call)) for call in calls]
         known = {kind: context.several(layer, [(place, value.ndim - 1)], kind) for kind in dict.fromkeys(kinds)}
-        fit = Columns(width, [np.any([np.any(m != 0, axis=0) for m in own.values()], axis=0) for own in known.values()])
+        fit = Columns(width, [reached([*own.values()]) for own in known.values()])
         wanted = max(LEAST_ROWS, ROWS_PER_COLUMN * width) / context.examples
         for theirs, ours, away in passes:
             for call, kind in zip(calls, kinds, strict=True):

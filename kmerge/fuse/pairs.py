@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from kmerge.fuse.mixing import Block, Line
 from kmerge.methods.registry import Array
 from kmerge.source import Source
 from kmerge.spaces import AxisUse, Space
@@ -31,11 +32,7 @@ class Pair:
     merge: Array
     unmerge: Array
 
-    @property
-    def size(self) -> int:
-        return int(self.merge.shape[2])
-
-    def made(self, source: int, alone: bool) -> Array:
+    def made(self, source: int, alone: bool) -> Array | float:
         """What merged units are made of a source's, shape (units, merged units).
 
         A layer that is one source's alone makes what stands for its units even where no merged unit is made of them.
@@ -43,18 +40,34 @@ class Pair:
         own = self.merge[source]
         return np.asarray(self.unmerge[source].T if alone and not own.any() else own)
 
+    def read(self, source: int) -> Array | float:
+        """What takes those who read a source's units to the merged ones, shape (units, merged units)."""
+        return np.asarray(self.unmerge[source].T)
 
-def by_position(sources: int, size: int, shares: Sequence[float]) -> Pair:
-    """Units that mean the same at the same place in every source."""
-    eye = np.eye(size)
-    return Pair(np.stack([share * eye for share in shares]), np.stack([eye] * sources))
+    def part(self, source: int, alone: bool) -> Array | float:
+        """How much of each merged unit comes from a source, by least squares, shape (merged units,)."""
+        return np.asarray(np.einsum("ik,ki->k", self.made(source, alone), self.unmerge[source]))
 
 
-def from_first(sources: int, size: int, chosen: int = 0) -> Pair:
-    """Units of one source alone."""
-    merge = np.zeros((sources, size, size))
-    merge[chosen] = np.eye(size)
-    return Pair(merge, np.stack([np.eye(size)] * sources))
+@dataclass(frozen=True)
+class Kept:
+    """Units that keep their places: a `Pair` of multiples of the identity, of which there may be many.
+
+    Attributes:
+        shares: how much of each merged unit comes from each source.
+    """
+
+    shares: tuple[float, ...]
+
+    def made(self, source: int, alone: bool) -> Array | float:
+        own = self.shares[source]
+        return 1.0 if alone and not own else own
+
+    def read(self, source: int) -> Array | float:
+        return 1.0
+
+    def part(self, source: int, alone: bool) -> Array | float:
+        return self.made(source, alone)
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +86,8 @@ class Axis:
     blocks: tuple[tuple[int, Labels, Labels], ...]
     kept: tuple[Labels, Labels]
 
-    def matrix(self, pairs: Sequence[Pair], source: int, old: int, share: float, alone: bool = False) -> Array:
-        """What takes this axis from a source to the merged network, shape (old, length).
+    def line(self, pairs: Sequence[Pair | Kept], source: int, old: int, share: float, alone: bool = False) -> Line:
+        """What takes this axis from a source to the merged network.
 
         Args:
             pairs: per space.
@@ -83,15 +96,13 @@ class Axis:
             share: of the source in what has no units.
             alone: whether the weight is that of this source alone.
         """
-        result = np.zeros((old, self.length))
-        result[self.kept[0], self.kept[1]] = share if self.merge else 1.0
+        blocks = [Block(self.kept[0][:, None], self.kept[1][:, None], share if self.merge else 1.0)]
         for space, places, merged in self.blocks:
-            values = pairs[space].made(source, alone) if self.merge else pairs[space].unmerge[source].T
-            for copy in range(places.shape[1]):
-                result[np.ix_(places[:, copy], merged[:, copy])] = values
-        return result
+            by = pairs[space].made(source, alone) if self.merge else pairs[space].read(source)
+            blocks.append(Block(places, merged, by))
+        return Line(old, self.length, tuple(blocks))
 
-    def parts(self, pairs: Sequence[Pair], source: int, share: float, alone: bool = False) -> Array:
+    def parts(self, pairs: Sequence[Pair | Kept], source: int, share: float, alone: bool = False) -> Array:
         """How much of each merged unit comes from a source, shape (length,); sums to 1 over all sources.
 
         It is the part of the merged unit that the source's own share of it makes up, by least squares.
@@ -99,8 +110,8 @@ class Axis:
         result = np.zeros(self.length)
         result[self.kept[1]] = share
         for space, _, merged in self.blocks:
-            own = np.einsum("ik,ki->k", pairs[space].made(source, alone), pairs[space].unmerge[source])
-            result[merged] = np.maximum(own, 0)[:, None]
+            own = np.asarray(pairs[space].part(source, alone))
+            result[merged] = np.maximum(own, 0).reshape(-1, 1)
         return result
 
 
@@ -201,7 +212,7 @@ class Frame:
         blocks = tuple((number, use.places, places) for (number, use), places in zip(uses, new, strict=True))
         return Axis(total, uses[0][1].role == "output", blocks, (kept_old, kept_new))
 
-    def merged_weight(self, pairs: Sequence[Pair], places: Sequence[Place], shares: Sequence[float]) -> Array:
+    def merged_weight(self, pairs: Sequence[Pair | Kept], places: Sequence[Place], shares: Sequence[float]) -> Array:
         """One weight of all its sources in the merged network, float64.
 
         Args:
@@ -216,12 +227,13 @@ class Frame:
             values = self.sources[source].states[layer].weights[weight].tensor.read().astype(np.float64)
             axes = {axis: found for axis in range(values.ndim) if (found := self.axis(place, axis)) is not None}
             for pieces in self._pieces(place):
-                values = np.concatenate([_read(values, use, pairs[space], source) for space, use in pieces], -1)
+                values = np.concatenate(
+                    [_read(values, use, pairs[space], self.sizes[space], source) for space, use in pieces], -1
+                )
                 values = np.moveaxis(values, -1, pieces[0][1].part[0][0])
             alone = len(places) == 1
             for axis, found in axes.items():
-                matrix = found.matrix(pairs, source, values.shape[axis], share, alone)
-                values = np.moveaxis(np.tensordot(values, matrix, axes=(axis, 0)), -1, axis)
+                values = found.line(pairs, source, values.shape[axis], share, alone).apply(values, axis)
             made = [(axis, found) for axis, found in axes.items() if found.merge]
             if not made:
                 values = share * values
@@ -263,15 +275,13 @@ class Frame:
         return result
 
 
-def _read(values: Array, use: AxisUse, pair: Pair, source: int) -> Array:
+def _read(values: Array, use: AxisUse, pair: Pair | Kept, size: int, source: int) -> Array:
     """A part of a weight that reads units, from merged ones; the axis that it is a part of comes last."""
     ((along, start, stop),) = use.part
     piece = np.take(values, np.arange(start, stop), axis=along)
-    matrix = np.zeros((len(use.units), pair.size * use.places.shape[1]))
     copies = use.places.shape[1]
     in_a_row = copies > 1 and np.array_equal(use.places.ravel(), np.arange(use.places.size))
-    for copy in range(copies):
-        columns = np.arange(pair.size) * copies + copy if in_a_row else copy * pair.size + np.arange(pair.size)
-        matrix[np.ix_(use.places[:, copy], columns)] = pair.unmerge[source].T
-    piece = np.moveaxis(np.tensordot(piece, matrix, axes=(use.axis, 0)), -1, use.axis)
+    new = np.arange(size * copies)
+    new = new.reshape(size, copies) if in_a_row else new.reshape(copies, size).T
+    piece = Line(len(use.units), size * copies, (Block(use.places, new, pair.read(source)),)).apply(piece, use.axis)
     return np.moveaxis(piece, along, -1)

@@ -290,7 +290,7 @@ class RecurrentTask:
             for source, _ in context.origin(self.layer).members:
                 units = len(self._stored[source, number].recurrent)
                 read = np.eye(units) if space is None else readers(context.frame, space, source)
-                ways[source] = (columns[source][:units, :merged].astype(np.float32), read.astype(np.float32))
+                ways[source] = (columns[source].matrix()[:units, :merged].astype(np.float32), read.astype(np.float32))
             found.append(ways)
         return found
 

@@ -80,7 +80,7 @@ class RepairTask:
         for source, matrix in columns.items():
             wide = linear.widened(matrix, shape)
             own_mean, own_variance = _moments(*sums[source])
-            mean, spread = mean + own_mean @ wide, spread + np.sqrt(own_variance) @ np.abs(wide)
+            mean, spread = mean + own_mean @ wide, spread + np.sqrt(own_variance) @ abs(wide)
         given, variance = _moments(*sums["merged"])
         if self._normal is not None:
             self._rebase(context.merged.graph.calls[self._normal].layer, given, variance, mean, spread)

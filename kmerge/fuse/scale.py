@@ -12,6 +12,7 @@ import numpy as np
 from kmerge.calibration.network import to_numpy
 from kmerge.fuse.chains import NORMALS
 from kmerge.fuse.context import Context, Passes, Site
+from kmerge.fuse.mixing import Mixing, reached
 from kmerge.fuse.ridge import whole_rows
 from kmerge.graph import Ref
 from kmerge.methods.registry import Array
@@ -131,7 +132,7 @@ class ScaleTask:
         axes = [axis + lead if axis >= 0 else axis + rank for axis in axes]
         return axes, list(range(len(axes)))
 
-    def _columns(self, axes: Sequence[int], sources: Collection[int]) -> dict[int, Array]:
+    def _columns(self, axes: Sequence[int], sources: Collection[int]) -> dict[int, Mixing]:
         return self.context.several(self.layer, [(self._place, axis) for axis in axes], sources)
 
     def run(self, passes: Passes) -> str:
@@ -154,7 +155,7 @@ class ScaleTask:
                 seen = context.seen(call)
                 columns = self._columns(own, [source for source, _ in seen])
                 target = sum(_rows(to_numpy(theirs[ref]), axes).astype(np.float64) @ columns[n] for n, ref in seen)
-                valid = np.any([np.any(matrix != 0, axis=0) for matrix in columns.values()], axis=0).astype(np.float64)
+                valid = reached([*columns.values()]).astype(np.float64)
                 whole = tensor if class_name in (*NORMALS, "PReLU") else live(tensor)
                 x = _rows(to_numpy(whole), axes).astype(np.float64)
                 target = np.asarray(target)

@@ -69,6 +69,8 @@ def sensitivities(context: Context, tasks: Sequence[Task], together: bool = Fals
                 if all(behind[ref] in found for ref in site.tensors):
                     values = {ref: found[behind[ref]] for ref in site.tensors}
                     for space, rows in site.views(values, np.inf, views):
+                        if context.frame.spaces[space].fixed:
+                            continue
                         product = rows.T @ rows
                         sums[number, space] = sums.get((number, space), 0.0) + product.astype(np.float64)
     return sums

@@ -12,7 +12,7 @@ from kmerge.fuse.blend import Sample
 from kmerge.fuse.chains import NORMALS, activation_of
 from kmerge.fuse.clusters import cluster_units, distances
 from kmerge.fuse.context import Context, Site, Task
-from kmerge.fuse.pairs import Frame, Pair, by_position, from_first
+from kmerge.fuse.pairs import Frame, Kept, Pair
 from kmerge.fuse.sensitivity import Sensitivities
 from kmerge.graph import Ref
 from kmerge.methods.registry import Array
@@ -46,7 +46,7 @@ class Moments:
 
 
 def unit_moments(context: Context, tasks: Sequence[Task]) -> dict[int, Moments]:
-    """One pass of the sources over all inputs: moments of every space that can be seen."""
+    """One pass of the sources over all inputs: moments of every space that can be seen and is not fixed."""
     sites: list[Site] = [site for task in tasks for site in task.sites()]
     wanted = tuple(dict.fromkeys(ref for site in sites for ref in site.tensors))
     later = frozenset(ref for task in tasks for ref in task.sees)
@@ -57,6 +57,8 @@ def unit_moments(context: Context, tasks: Sequence[Task]) -> dict[int, Moments]:
         for number, site in enumerate(sites):
             rng = context.random(f"site/{number}/batch/{turn}")
             for space, rows in site.views(values, ROWS / context.examples, rng):
+                if context.frame.spaces[space].fixed:
+                    continue
                 size = rows.shape[1]
                 found = result.setdefault(space, Moments(np.zeros(size), np.zeros((size, size))))
                 found.add(rows)
@@ -260,9 +262,9 @@ def means_the_same(space: Space) -> bool:
     return space.reason.startswith(("output of", "input ", "positions in"))
 
 
-def settled(frame: Frame, space: Space, ours: bool, shares: Sequence[float]) -> Pair:
+def settled(frame: Frame, space: Space, ours: bool, shares: Sequence[float]) -> Kept:
     """The pair of a space whose units keep their places."""
     count = len(frame.sources)
     if not ours:  # units of one source alone
-        return Pair(*(np.stack([np.eye(space.size)] * count) for _ in range(2)))
-    return by_position(count, space.size, shares) if means_the_same(space) else from_first(count, space.size)
+        return Kept((1.0,) * count)
+    return Kept(tuple(shares) if means_the_same(space) else (1.0,) + (0.0,) * (count - 1))
