@@ -246,10 +246,9 @@ def _inputs(plan: Plan, sources: Sequence[Source], rules: Rules, runs: bool, dry
         raise PlanError(f"The plan runs the models on {facts.inputs}: give these inputs, or others, with --data.")
     if not runs or dry_run:
         return None
-    from kmerge.calibration.inputs import ROWS
     from kmerge.calibration.synthetic import synthesise
 
-    return synthesise(sources, rules.samples or (facts.rows if facts else 0) or ROWS, plan.seed)
+    return synthesise(sources, rules.samples or (facts.rows if facts else None) or None, plan.seed)
 
 
 def _facts(plan: Plan, rules: Rules, inputs: Inputs | None) -> Calibration:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kmerge.calibration import evidence, patterns
-from kmerge.calibration.inputs import Inputs, read_inputs
+from kmerge.calibration.inputs import Inputs, read_inputs, usual_rows
 from kmerge.calibration.synthetic import synthesise
 from kmerge.dialects.vocabulary import WeightKind
 from kmerge.errors import DataError, FormatError, KmergeError, PlanError, UnsafeFileError
@@ -757,6 +757,17 @@ def test_letters_are_one_hot_and_hold_what_first_layers_look_for() -> None:
 def test_large_inputs_are_made_in_smaller_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kmerge.calibration.synthetic._LARGEST", 100 * 64)
     assert synthesise(three(entry((8, 8, 1)), conv(2, 3, 1)), rows=1000).rows == 100
+
+
+def test_fewer_rows_are_usual_where_they_take_long_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three convolutions of 3×3 with 4 filters on 4×4 pixels: 3 * 2*2 * 9*4 = 432 multiply-adds without padding."""
+    sources = three(None, conv(2, 3, 1))
+    assert usual_rows(sources) == 2000
+    monkeypatch.setattr("kmerge.calibration.inputs.MULTIPLY_ADDS", 20 * 432 + 5)
+    monkeypatch.setattr("kmerge.calibration.inputs.LEAST_ROWS", 12)
+    assert [usual_rows(sources), usual_rows(sources, 15), usual_rows([*sources, *sources])] == [20, 15, 12]
+    assert synthesise(sources).rows == read_inputs(IMAGES, sources).rows == 20
+    assert synthesise(sources, 25).rows == read_inputs(IMAGES, sources, 25).rows == 25
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 1), (9, 70, 4), (130, 65, 3)])

@@ -579,6 +579,9 @@ def test_maps_of_axes_are_their_matrices() -> None:
     line = Line(7, 5, (units, Block(places([6]), places([4]), 0.5)))
     values = rng.standard_normal((3, 7, 2))
     np.testing.assert_allclose(line.apply(values, 1), np.einsum("rob,on->rnb", values, dense_line(line)))
+    single = Block(places([1], [2], [3]), places([0], [1]), rng.standard_normal((3, 2)))
+    plain = Line(5, 4, (single, Block(places([4], [0]), places([3], [2]), rng.standard_normal((2, 2)))))
+    np.testing.assert_allclose(values[:, :5, 0] @ Mixing((plain,), np.ones(4)), values[:, :5, 0] @ dense_line(plain))
     for copies in (1, 2):
         scale = rng.standard_normal(20)
         mixing = Mixing((kept(4, 2.0), line), scale, copies)

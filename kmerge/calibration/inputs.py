@@ -11,12 +11,16 @@ import numpy as np
 from kmerge.data import Dataset, Reading, entries, generator, open_parts
 from kmerge.data.checks import check_finite
 from kmerge.errors import DataError, PlanError
+from kmerge.layout import source_graph
 from kmerge.methods.registry import Array
 from kmerge.rules import FEWEST_SAMPLES
+from kmerge.shapes import infer_shapes, multiply_adds
 from kmerge.source import Source
 
-ROWS = 2000
-"""How many rows are drawn where nobody says."""
+ROWS, LEAST_ROWS = 2000, 256
+"""How many rows are drawn where nobody says; fewer, but not below the second number, where they take long to run."""
+MULTIPLY_ADDS = 1 << 39
+"""What one pass of all sources over them may take then: some ten seconds on two cores."""
 FEWEST = FEWEST_SAMPLES
 
 
@@ -72,6 +76,21 @@ class Inputs:
 # ---------------------------------------------------------------------------------------------------- reading
 
 
+def usual_rows(sources: Sequence[Source], rows: int = ROWS) -> int:
+    """So many rows, or fewer where the sources are so large that running them on these takes long.
+
+    Args:
+        sources: with graphs; layers whose work cannot be told count as none.
+        rows: wanted.
+    """
+    each = 0
+    for source in sources:
+        graph = source_graph(source)
+        weights = {n: [weight.tensor.shape for weight in state.weights] for n, state in enumerate(source.states)}
+        each += sum(cost or 0 for cost in multiply_adds(graph, infer_shapes(graph), weights).values())
+    return min(rows, max(LEAST_ROWS, MULTIPLY_ADDS // max(each, 1)))
+
+
 def read_inputs(data: Any, sources: Sequence[Source], samples: int | None = None, seed: int = 0) -> Inputs:
     """Draw calibration inputs from what the user gives.
 
@@ -79,7 +98,7 @@ def read_inputs(data: Any, sources: Sequence[Source], samples: int | None = None
         data: anything that `kmerge.data.open_dataset` takes, of which labels are not read; or a dictionary of such
             things by the labels of the sources, of each of which equally many rows are drawn.
         sources: that are merged, with graphs; the inputs of the first decide.
-        samples: how many rows to draw in all; default 2,000, or all where there are fewer.
+        samples: how many rows to draw in all; by default as many as `usual_rows` says, or all where there are fewer.
         seed: of the draw.
 
     Returns:
@@ -92,7 +111,7 @@ def read_inputs(data: Any, sources: Sequence[Source], samples: int | None = None
     """
     if samples is not None and (not isinstance(samples, int) or samples < FEWEST):
         raise PlanError(f"samples is {samples}: expected at least {FEWEST} rows.")
-    samples = ROWS if samples is None else samples
+    samples = usual_rows(sources) if samples is None else samples
     network, labels = entries(sources[0]), tuple(source.label for source in sources)
     parts = open_parts(data, network, labels, Reading(targets=False, again=False))
     if None in parts:

@@ -10,7 +10,7 @@ import numpy as np
 
 from kmerge.calibration import patterns
 from kmerge.calibration.evidence import Reading, Statistics, first_kernels, first_statistics, readings
-from kmerge.calibration.inputs import FEWEST, ROWS, Inputs
+from kmerge.calibration.inputs import FEWEST, Inputs, usual_rows
 from kmerge.data import Entry, entries, generator
 from kmerge.errors import DataError, PlanError
 from kmerge.graph import Ref, flatten
@@ -55,12 +55,12 @@ _RECURRENT = names("GRU LSTM RNN SimpleRNN")
 Random = np.random.Generator
 
 
-def synthesise(sources: Sequence[Source], rows: int = ROWS, seed: int = 0) -> Inputs:
+def synthesise(sources: Sequence[Source], rows: int | None = None, seed: int = 0) -> Inputs:
     """Make up calibration inputs, by what the first layers of the sources tell about them.
 
     Args:
         sources: that are merged, with graphs; the inputs of the first decide on shapes and dtypes.
-        rows: how many; of large inputs fewer are made.
+        rows: how many, of large inputs fewer; by default as many as `usual_rows` says.
         seed: of the draw.
 
     Returns:
@@ -70,6 +70,7 @@ def synthesise(sources: Sequence[Source], rows: int = ROWS, seed: int = 0) -> In
         DataError: if nothing can be made up for an input.
         PlanError: if `rows` is too small.
     """
+    rows = usual_rows(sources) if rows is None else rows
     if rows < FEWEST:
         raise PlanError(f"samples is {rows}: expected at least {FEWEST} rows.")
     guesses = []

@@ -28,11 +28,23 @@ class Block:
 
     def add(self, values: Array, result: Array) -> None:
         """Add what is made of values to a result; the axis is the last one of both."""
-        units = values[..., self.old]
-        if isinstance(self.by, np.ndarray):
-            result[..., self.new] += np.swapaxes(np.swapaxes(units, -1, -2) @ self.by, -1, -2)
+        old, new = _in_a_row(self.old), _in_a_row(self.new)
+        if old is not None and new is not None:  # without the copies that lists of places make
+            units = values[..., old]
+            result[..., new] += units @ self.by if isinstance(self.by, np.ndarray) else self.by * units
+        elif isinstance(self.by, np.ndarray):
+            units = np.swapaxes(values[..., self.old], -1, -2)
+            result[..., self.new] += np.swapaxes(units @ self.by, -1, -2)
         else:
-            result[..., self.new] += self.by * units
+            result[..., self.new] += self.by * values[..., self.old]
+
+
+def _in_a_row(places: Labels) -> slice | None:
+    """Places of units without copies that stand one after the other."""
+    if places.shape[1] != 1 or not len(places):
+        return None
+    first = int(places[0, 0])
+    return slice(first, first + len(places)) if np.all(np.diff(places[:, 0]) == 1) else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ import numpy as np
 
 from kmerge.agreement import MEAN_LABEL, Agreement, ends_in_sigmoid, measure_agreement, own_rows
 from kmerge.calibration.enrich import channels_first
-from kmerge.calibration.inputs import Inputs
+from kmerge.calibration.inputs import Inputs, usual_rows
 from kmerge.calibration.network import Network, Tape, open_network, to_numpy
 from kmerge.data import entries
 from kmerge.errors import PlanError
@@ -231,6 +231,7 @@ class _Run:
         frame = Frame(layout.sources, spaces, tuple(space.size for space in spaces))
         first = channels_first(source_graph(layout.first))
         enough = ENOUGH_FOR_DENSE if _gives_one_row(merged, layout.sources) else ENOUGH
+        enough = usual_rows(layout.sources, enough)
         activations = activation_bytes(every.merged.graph)
         batches, held = in_batches(inputs, enough if self.method == "fuse" else 0, self.seed, first, activations)
         tape = Tape(every, batches, memory_for(layout.first))
