@@ -25,7 +25,7 @@ from kmerge.calibration.inputs import Inputs
 from kmerge.engine import merge_tensors
 from kmerge.fuse import model as fuse_model
 from kmerge.fuse import ridge
-from kmerge.fuse.batches import UNSEEN, activation_bytes, batch_size, in_batches, share_unseen
+from kmerge.fuse.batches import UNSEEN, activation_bytes, batch_size, in_batches, longest_free, share_unseen
 from kmerge.fuse.blend import BY_OUTPUTS, FUNCTIONS, Sample, _metric, _Problem, blended, function_of
 from kmerge.fuse.clusters import cluster_units, distances
 from kmerge.fuse.context import Context
@@ -700,17 +700,21 @@ def test_every_fifth_input_is_held_back_whatever_the_size_of_a_batch(size: int) 
 
 
 def test_fewer_inputs_are_run_at_a_time_where_much_is_computed_of_each(tmp_path: Path) -> None:
-    """A picture of 16 numbers, 2 * 16 after the convolution, 32 in a row, 5 in the end; free lengths count as 1."""
+    """A picture of 16 numbers, 2 * 16 after the convolution, 32 in a row, 5 in the end; seven letters of 3 and of 2."""
     import keras
 
     given = inputs_of(np.zeros((100, 4)))
-    assert [batch_size(given, size) for size in (0, 100 << 20, 1 << 40)] == [48, 5, 1]
+    sizes = {0: 48, 1 << 10: 512, 100 << 10: 245, 10 << 20: 48, 100 << 20: 5, 1 << 40: 1}
+    assert [batch_size(given, size) for size in sizes] == list(sizes.values())
     layers = [keras.layers.Conv2D(2, 3, padding="same"), keras.layers.Flatten(), keras.layers.Dense(5)]
     keras.Sequential([keras.Input((4, 4, 1)), *layers]).save(tmp_path / "a.keras")
     keras.Sequential([keras.Input((None, 3)), keras.layers.Dense(2)]).save(tmp_path / "b.keras")
-    for name, numbers in (("a", 16 + 32 + 32 + 5), ("b", 3 + 2)):
+    for name, numbers in (("a", 16 + 32 + 32 + 5), ("b", 7 * 3 + 7 * 2)):
         with open_source(tmp_path / f"{name}.keras", name) as source:
-            assert activation_bytes(source_graph(source)) == 4 * numbers
+            assert activation_bytes(source_graph(source), 7) == 4 * numbers
+    assert longest_free([(None, 4), (None, None, 3)], inputs_of(np.zeros((5, 4)), np.zeros((5, 7, 3)))) == 7
+    assert longest_free([None], inputs_of(np.zeros((5, 8, 2)))) == 8
+    assert longest_free([(None, 4)], given) == 1
 
 
 def test_no_input_is_made_of_one_that_is_held_back() -> None:

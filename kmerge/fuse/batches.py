@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -13,10 +13,13 @@ from kmerge.calibration.inputs import Inputs
 from kmerge.data import generator
 from kmerge.graph import Graph
 from kmerge.methods.registry import Array
-from kmerge.shapes import infer_shapes
+from kmerge.shapes import Shape, infer_shapes
 
 BATCH_BYTES, ACTIVATION_BYTES = 2 << 20, 512 << 20
 """Bytes of inputs that are run at a time, and of what the sources' layers give for them, as far as sizes are known."""
+FEW, MANY, SMALL_BYTES = 48, 512, 24 << 20
+"""Inputs that are run at a time within these bounds: the first number, or more, up to the second, as long as the layers
+give no more bytes for them than the third says."""
 HELD_BACK = 5
 """One input of so many chooses the strength of the regressions."""
 UNSEEN = 0.1
@@ -42,10 +45,24 @@ def held_back(rows: int) -> Array:
     return np.asarray(np.arange(rows) % HELD_BACK == HELD_BACK - 1)
 
 
-def activation_bytes(graph: Graph) -> int:
-    """Bytes of what the layers of a network give for one input; sizes that are free count as 1."""
+def activation_bytes(graph: Graph, free: int = 1) -> int:
+    """Bytes of what the layers of a network give for one input.
+
+    Args:
+        graph: the network.
+        free: what sizes count as that are free.
+    """
     shapes = infer_shapes(graph).values()
-    return 4 * sum(math.prod(size or 1 for size in shape[1:]) for shape in shapes if shape is not None)
+    return 4 * sum(math.prod(size or free for size in shape[1:]) for shape in shapes if shape is not None)
+
+
+def longest_free(shapes: Sequence[Shape | None], inputs: Inputs) -> int:
+    """The largest size that inputs have where their shape leaves it free, 1 where it leaves none."""
+    found = [1]
+    for shape, array in zip(shapes, inputs.arrays, strict=True):
+        free = range(1, array.ndim) if shape is None else [axis for axis, size in enumerate(shape) if axis and not size]
+        found += [array.shape[axis] for axis in free]
+    return max(found)
 
 
 def batch_size(inputs: Inputs, activations: int) -> int:
@@ -53,10 +70,11 @@ def batch_size(inputs: Inputs, activations: int) -> int:
 
     Args:
         inputs: that are to be run.
-        activations: bytes of what the layers give for one of them.
+        activations: bytes of what the layers give for one of them; 0 where that is not known.
     """
     each = sum(array[:1].nbytes for array in inputs.arrays)
-    return max(1, min(48, BATCH_BYTES // max(1, each), ACTIVATION_BYTES // max(1, activations)))
+    small = min(MANY, SMALL_BYTES // activations) if activations else FEW
+    return max(1, min(max(FEW, small), BATCH_BYTES // max(1, each), ACTIVATION_BYTES // max(1, activations)))
 
 
 def in_batches(

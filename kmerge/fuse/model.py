@@ -16,7 +16,7 @@ from kmerge.calibration.network import Network, Tape, open_network, to_numpy
 from kmerge.data import entries
 from kmerge.errors import PlanError
 from kmerge.fuse.attention import attention_tasks
-from kmerge.fuse.batches import activation_bytes, held_back, in_batches, share_unseen
+from kmerge.fuse.batches import activation_bytes, held_back, in_batches, longest_free, share_unseen
 from kmerge.fuse.blend import blended
 from kmerge.fuse.chains import NORMALS
 from kmerge.fuse.context import Context, Passes, Task
@@ -110,8 +110,8 @@ def fuse_models(
         - the weights of all sources and of the merged model, live, and those of the merged model in float64;
         - the inputs, and those made of them, up to `ENOUGH`;
         - 32 MB of activations for each of both networks, up to 1 GB of large ones (`memory_for`), and all activations
-          of one batch, which has at most 48 inputs, 2 MB of them and 512 MB of what the sources' layers give for them,
-          but one input at least;
+          of one batch, which has at most 48 inputs, or 512 small ones, 2 MB of them and 512 MB of what the sources'
+          layers give for them, but one input at least;
         - for all groups of units together, products of the units of all sources in float64, and 6,000 rows of them for
           each place where they are seen;
         - one layer's sums of products, columns squared in float64, or its rows where they are fewer than its columns;
@@ -232,7 +232,8 @@ class _Run:
         first = channels_first(source_graph(layout.first))
         enough = ENOUGH_FOR_DENSE if _gives_one_row(merged, layout.sources) else ENOUGH
         enough = usual_rows(layout.sources, enough)
-        activations = activation_bytes(every.merged.graph)
+        free = longest_free([entry.shape for entry in entries(layout.first)], inputs)
+        activations = activation_bytes(every.merged.graph, free)
         batches, held = in_batches(inputs, enough if self.method == "fuse" else 0, self.seed, first, activations)
         tape = Tape(every, batches, memory_for(layout.first))
         return Context(every, merged, frame, plan.weights, tape, held, self.seed)
