@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +63,20 @@ def part_of(layer: Any) -> tuple[Part, Any]:
 def test_what_runs_step_by_step_gives_the_same_once_it_is_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With its mask and its gradients, for batches of any size."""
+    """With its mask and its gradients, by one graph for batches of any size."""
+    stepwise, runs = layers.GRU.call, list[Any]()
+
+    @wraps(stepwise)
+    def call(self: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        runs.append(inputs)
+        return stepwise(self, inputs, *args, **kwargs)
+
     masked = [layers.Input((6,), dtype="int32"), layers.Embedding(5, 3, mask_zero=True)]
     model = keras.Sequential([*masked, layers.Bidirectional(layers.LSTM(4, return_sequences=True)), layers.GRU(3)])
     model.save(tmp_path / "model.keras")
-    tokens = [
-        np.random.default_rng(n).integers(0, 5, (count, 6)).astype(np.int32) for n, count in enumerate((3, 3, 2, 4))
-    ]
+    monkeypatch.setattr(layers.GRU, "call", call)
+    rows = (3, 3, 2, 4, 5, 6, 7, 8)
+    tokens = [np.random.default_rng(n).integers(0, 5, (count, 6)).astype(np.int32) for n, count in enumerate(rows)]
     found: dict[int, list[Any]] = {}
     for limit in (0, 1_000):
         monkeypatch.setattr("kmerge.calibration.network._UNCOMPILED", limit)
@@ -76,6 +84,7 @@ def test_what_runs_step_by_step_gives_the_same_once_it_is_compiled(
             sources = [stack.enter_context(open_source(tmp_path / "model.keras", label)) for label in "ab"]
             merged = merge_graphs(lay_out(sources), make_plan(sources, Rules(trunk="all", method="mean"), "0"))
             network = open_network(merged, sources, None, tmp_path, "one")
+            runs.clear()
             embedded, both, last = (Ref(len(merged.graph.calls) - place, 0) for place in (3, 2, 1))
             for number, batch in enumerate(tokens):
                 values = network.given([batch])
@@ -84,9 +93,10 @@ def test_what_runs_step_by_step_gives_the_same_once_it_is_compiled(
                 gradients = slopes(network, [batch], [last], [embedded], lambda _, value: np.ones_like(value))
                 found.setdefault(number, []).append([to_numpy(values[last]), gradients[embedded]])
             assert len(network._compiled) == (0 if limit else 2)
+            assert len(runs) == (2 * len(rows) if limit else 1)
     for number, batch in enumerate(tokens):
-        (compiled, inside), (stepwise, own) = found[number]
-        np.testing.assert_allclose(compiled, stepwise, atol=1e-6)
+        (compiled, inside), (eager, own) = found[number]
+        np.testing.assert_allclose(compiled, eager, atol=1e-6)
         np.testing.assert_allclose(compiled, model.predict_on_batch(batch), atol=1e-6)
         np.testing.assert_allclose(inside, own, atol=1e-6)
         assert np.any(inside)

@@ -218,11 +218,35 @@ class Network:
 
 
 def _compile(own: Any) -> None:
-    """Have TensorFlow run a layer as a graph from now on; other backends compile its loop or do not gain from it."""
-    if _keras().backend.backend() == "tensorflow":
-        import tensorflow as tf
+    """Have TensorFlow run a layer as a graph from now on; other backends compile its loop or do not gain from it.
 
-        own.call = tf.function(own.call, reduce_retracing=True)
+    There is a graph for each kind of call, for any number of rows: TensorFlow's own choice builds more and warns of it.
+    """
+    if _keras().backend.backend() != "tensorflow":
+        return
+    import tensorflow as tf
+
+    stepwise, tree = own.call, _keras().tree
+    graphs: dict[tuple[Any, ...], Any] = {}
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        leaves = tree.flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if tf.is_tensor(leaf)]
+        signature = [tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype) for tensor in tensors]
+        kind = (*signature, *(None if tf.is_tensor(leaf) else repr(leaf) for leaf in leaves), *kwargs)
+        if kind not in graphs:
+
+            def run(*filled: Any) -> Any:
+                left = iter(filled)
+                own_args, own_kwargs = tree.map_structure(
+                    lambda leaf: next(left) if tf.is_tensor(leaf) else leaf, (args, kwargs)
+                )
+                return stepwise(*own_args, **own_kwargs)
+
+            graphs[kind] = tf.function(run, input_signature=signature)
+        return graphs[kind](*tensors)
+
+    own.call = call
 
 
 def _stored_variables(own: Any) -> list[Any]:
