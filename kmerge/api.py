@@ -80,8 +80,8 @@ def combine(
             of each head with its source is measured: a path (`.npz`, `.npy`), arrays by position or by name, a
             `tf.data.Dataset`, a `keras.utils.PyDataset`, an iterable of batches; or a dictionary of these by label.
             Without them, methods that need inputs make some up.
-        samples: how many of them to use, at least 8; default 2,000, or all where there are fewer. For large models the
-            default is so many that one pass of all of them takes 2**39 multiply-adds, but at least 256.
+        samples: how many of them to use, at least 8; default 2,000, or all where there are fewer. For large
+            models of inputs of fixed sizes, so many that one pass of all takes 2**39 multiply-adds, but at least 256.
         width: of the trunk, as a multiple of a source's, 0.25 to 8; other than 1 only with "fuse".
         keep: choose the largest trunk whose every head agrees with its source this well, above 0 and at most 1.
         freeze: save shared layers with `trainable` false.

@@ -248,7 +248,8 @@ def _inputs(plan: Plan, sources: Sequence[Source], rules: Rules, runs: bool, dry
         return None
     from kmerge.calibration.synthetic import synthesise
 
-    return synthesise(sources, rules.samples or (facts.rows if facts else None) or None, plan.seed)
+    rows = rules.samples or (facts.rows if facts else 0)
+    return synthesise(sources, rows or None, plan.seed)
 
 
 def _facts(plan: Plan, rules: Rules, inputs: Inputs | None) -> Calibration:

@@ -56,11 +56,9 @@ def fine_tune_model(
         subject = _subject(standing.copy, standing.source, stored, plan, opened, labels)
         synthetic = data is None
         if synthetic:
-            from kmerge.calibration.inputs import usual_rows
             from kmerge.calibration.synthetic import synthesise
 
-            known = list(opened.values())
-            made = synthesise(known, settings.samples or usual_rows(known, ROWS), settings.seed)
+            made = synthesise(list(opened.values()), settings.samples or ROWS, settings.seed)
             names = [entry.name for entry in subject.entries]
             data = dict(zip(names, made.arrays, strict=True))
         several = processes()

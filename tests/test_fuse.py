@@ -29,7 +29,7 @@ from kmerge.fuse.batches import UNSEEN, activation_bytes, batch_size, in_batches
 from kmerge.fuse.blend import BY_OUTPUTS, FUNCTIONS, Sample, _metric, _Problem, blended, function_of
 from kmerge.fuse.clusters import cluster_units, distances
 from kmerge.fuse.context import Context
-from kmerge.fuse.mixing import Block, Line, Mixing, kept
+from kmerge.fuse.mixing import Block, Line, Mixing, unmoved
 from kmerge.fuse.model import Fusion, fuse_models, memory_for
 from kmerge.fuse.pairing import assigned, correlations, transported, zipped
 from kmerge.fuse.pairs import Frame, Pair, arranged
@@ -584,7 +584,7 @@ def test_maps_of_axes_are_their_matrices() -> None:
     np.testing.assert_allclose(values[:, :5, 0] @ Mixing((plain,), np.ones(4)), values[:, :5, 0] @ dense_line(plain))
     for copies in (1, 2):
         scale = rng.standard_normal(20)
-        mixing = Mixing((kept(4, 2.0), line), scale, copies)
+        mixing = Mixing((unmoved(4, 2.0), line), scale, copies)
         wanted = np.kron(np.kron(2 * np.eye(4), dense_line(line)) * scale, np.eye(copies))
         rows = rng.standard_normal((6, len(wanted)))
         np.testing.assert_allclose(rows @ mixing, rows @ wanted)
@@ -593,17 +593,18 @@ def test_maps_of_axes_are_their_matrices() -> None:
         np.testing.assert_array_equal(mixing.reached(), np.ones(20 * copies, dtype=bool))
     scale[7] = 0
     nothing = Line(7, 5, (replace(units, by=units.by * [0, 1]), *line.blocks[1:]))
-    mixing = Mixing((kept(4, 2.0), nothing), scale)
+    mixing = Mixing((unmoved(4, 2.0), nothing), scale)
     np.testing.assert_array_equal(mixing.reached(), np.any(mixing.matrix() != 0, axis=0))
     assert not mixing.reached()[[0, 1, 5, 6, 7]].any()
     assert mixing.reached()[[2, 3, 4, 8, 9]].all()
 
 
-def test_units_that_keep_their_places_take_no_matrix(tmp_path: Path) -> None:
-    """An image of 64 × 64 pixels flattened: a matrix of its places would have 134 MB."""
+def test_units_that_keep_their_places_take_no_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image of 64 × 64 pixels flattened: a matrix of its places would have 134 MB, rows of 16 inputs little."""
     import keras
     from keras import layers
 
+    monkeypatch.setattr(fuse_model, "ENOUGH", 16)
     models = []
     for _ in range(3):
         keras.utils.set_random_seed(0)

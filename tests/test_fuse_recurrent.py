@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from kmerge import merge_models
-from kmerge.calibration.network import open_network, to_numpy
+from kmerge.calibration.network import Network, open_network, to_numpy
 from kmerge.calibration.slopes import slopes
+from kmerge.errors import MergeError
 from kmerge.fuse.cells import Cell
 from kmerge.fuse.recurrent import Part, Sequences
 from kmerge.fuse.selection import greedy
@@ -81,11 +82,9 @@ def test_what_runs_step_by_step_gives_the_same_once_it_is_compiled(
     for limit in (0, 1_000):
         monkeypatch.setattr("kmerge.calibration.network._UNCOMPILED", limit)
         with ExitStack() as stack:
-            sources = [stack.enter_context(open_source(tmp_path / "model.keras", label)) for label in "ab"]
-            merged = merge_graphs(lay_out(sources), make_plan(sources, Rules(trunk="all", method="mean"), "0"))
-            network = open_network(merged, sources, None, tmp_path, "one")
+            network = opened(tmp_path / "model.keras", tmp_path, stack)
             runs.clear()
-            embedded, both, last = (Ref(len(merged.graph.calls) - place, 0) for place in (3, 2, 1))
+            embedded, both, last = (Ref(len(network.merged.graph.calls) - place, 0) for place in (3, 2, 1))
             for number, batch in enumerate(tokens):
                 values = network.given([batch])
                 network.run(values, [last])
@@ -100,6 +99,48 @@ def test_what_runs_step_by_step_gives_the_same_once_it_is_compiled(
         np.testing.assert_allclose(compiled, model.predict_on_batch(batch), atol=1e-6)
         np.testing.assert_allclose(inside, own, atol=1e-6)
         assert np.any(inside)
+
+
+def opened(path: Path, folder: Path, stack: ExitStack) -> Network:
+    """A model and itself, merged, live."""
+    sources = [stack.enter_context(open_source(path, label)) for label in "ab"]
+    merged = merge_graphs(lay_out(sources), make_plan(sources, Rules(trunk="all", method="mean"), "0"))
+    return open_network(merged, sources, None, folder, "one")
+
+
+def test_every_form_of_a_call_runs_step_by_step_and_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unrolled layer of sequences of two lengths, keywords, states to start from; compiled after some batches."""
+    monkeypatch.setattr("kmerge.calibration.network._UNCOMPILED", 25)
+    short, long = keras.Input((5, 2)), keras.Input((6, 2))
+    shared = layers.GRU(3, unroll=True)
+    named = layers.LSTM(3, return_state=True)(sequences=short, initial_state=None)
+    begun = layers.LSTM(3)(sequences=long, initial_state=named[1:])
+    model = keras.Model([short, long], layers.Concatenate()([shared(short), shared(long), named[0], begun]))
+    model.save(tmp_path / "model.keras")
+    with ExitStack() as stack:
+        network = opened(tmp_path / "model.keras", tmp_path, stack)
+        last = Ref(len(network.merged.graph.calls) - 1, 0)
+        for turn, rows in enumerate((4, 3, 4, 2, 4, 4, 5)):
+            batch = [numbers(rows, steps, 2, seed=turn) for steps in (5, 6)]
+            values = network.given(batch)
+            network.run(values, [last])
+            np.testing.assert_allclose(to_numpy(values[last]), model.predict_on_batch(batch), atol=1e-6)
+            assert bool(network._compiled) == (turn > 1)
+        assert len(network._compiled) == 3
+
+
+def test_what_a_compiled_layer_cannot_run_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = keras.Sequential([layers.Input((None, 2)), layers.GRU(3, unroll=True)])
+    model.save(tmp_path / "model.keras")
+    with ExitStack() as stack:
+        network, found = opened(tmp_path / "model.keras", tmp_path, stack), []
+        for limit in (1_000, 0):
+            monkeypatch.setattr("kmerge.calibration.network._UNCOMPILED", limit)
+            with pytest.raises(MergeError, match="Keras cannot run") as caught:
+                network.run(network.given([numbers(3, 5, 7)]), [Ref(len(network.merged.graph.calls) - 1, 0)])
+            found.append(str(caught.value))
+    assert "in user code" not in found[1]
+    assert found[0][:100] == found[1][:100]
 
 
 # ---- cells
@@ -264,3 +305,15 @@ def test_a_private_layer_learns_to_read_merged_states(tmp_path: Path) -> None:
     for output, model in zip(outputs, models, strict=True):
         expected = np.asarray(model(x))
         assert np.mean((output - expected) ** 2) < 0.5 * expected.var()
+
+
+def test_a_wider_trunk_before_recurrent_layers_runs() -> None:
+    """What was built inside a wrapper is built again for the wider layer before it."""
+    models = []
+    for seed in range(2):
+        keras.utils.set_random_seed(seed)
+        stack = [layers.Input((5, 3)), layers.Dense(4), layers.Bidirectional(layers.LSTM(3)), layers.Dense(2)]
+        models.append(keras.Sequential(stack))
+    merged = merge_models(models, method="fuse", data=numbers(40, 5, 3), width=1.5)
+    assert merged.layers[1].units > 4
+    assert merged.predict_on_batch(numbers(2, 5, 3))[merged.output_names[0]].shape == (2, 2)

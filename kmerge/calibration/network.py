@@ -18,6 +18,7 @@ from kmerge.errors import MergeError
 from kmerge.graph import Ref, flatten, refs
 from kmerge.methods.registry import Array
 from kmerge.output import create_output
+from kmerge.shapes.layers import is_keras
 from kmerge.source import Source
 from kmerge.store import Kind
 from kmerge.surgery import Merged
@@ -148,11 +149,7 @@ class Network:
         if getattr(own, "_call_has_training_arg", False) and kwargs.get("training") is None:
             kwargs["training"] = False
         given = [(tensor, getattr(tensor, "_keras_mask", None)) for tensor in _keras().tree.flatten((args, kwargs))]
-        if self.merged.graph.layers[number].class_name in _STEPWISE and number not in self._compiled:
-            self._steps[number] += given[0][0].shape[1]
-            if self._steps[number] > _UNCOMPILED:
-                self._compiled.add(number)
-                _compile(own)
+        self._compile_in_time(values, call)
         try:
             outputs = own(*args, **kwargs)
         except Exception as error:
@@ -166,6 +163,17 @@ class Network:
             if mask is not None:
                 tensor._keras_mask = mask
         return outputs
+
+    def _compile_in_time(self, values: Mapping[Ref, Any], call: int) -> None:
+        """Compile the layer of a call if it goes step by step and has done so for long."""
+        number = self.merged.graph.calls[call].layer
+        layer = self.merged.graph.layers[number]
+        if layer.class_name in _STEPWISE and is_keras(layer.class_name, layer.entry) and number not in self._compiled:
+            given = [values[Ref(ref.call, ref.output)].shape for ref in refs(self.merged.graph.calls[call].arguments)]
+            self._steps[number] += max(given, key=len)[1]  # of the sequences: states and masks have fewer dimensions
+            if self._steps[number] > _UNCOMPILED:
+                self._compiled.add(number)
+                _compile(self.layers[number])
 
     def given_to(self, values: Mapping[Ref, Any], call: int, part: str) -> Any:
         """What reaches a layer inside the one that is called, in one call from known tensors.
@@ -235,15 +243,15 @@ def _compile(own: Any) -> None:
         signature = [tf.TensorSpec((None, *tensor.shape[1:]), tensor.dtype) for tensor in tensors]
         kind = (*signature, *(None if tf.is_tensor(leaf) else repr(leaf) for leaf in leaves), *kwargs)
         if kind not in graphs:
+            blank = object()  # in place of tensors, which are not to be kept
+            form = tree.map_structure(lambda leaf: blank if tf.is_tensor(leaf) else leaf, (args, kwargs))
 
             def run(*filled: Any) -> Any:
                 left = iter(filled)
-                own_args, own_kwargs = tree.map_structure(
-                    lambda leaf: next(left) if tf.is_tensor(leaf) else leaf, (args, kwargs)
-                )
+                own_args, own_kwargs = tree.map_structure(lambda leaf: next(left) if leaf is blank else leaf, form)
                 return stepwise(*own_args, **own_kwargs)
 
-            graphs[kind] = tf.function(run, input_signature=signature)
+            graphs[kind] = tf.function(run, input_signature=signature, autograph=False)
         return graphs[kind](*tensors)
 
     own.call = call

@@ -191,8 +191,8 @@ def _report_path(_: click.Context, __: click.Parameter, value: str | None) -> st
     "--samples",
     type=click.IntRange(min=8),
     metavar="N",
-    help="How many inputs to use, in all. By default 2000, or all where there are fewer; down to 256 where models are "
-    "large.",
+    help="How many inputs to use, in all. By default 2000, or all where there are fewer; down to 256 for large "
+    "models of inputs of fixed sizes.",
 )
 @click.option(
     "--width",

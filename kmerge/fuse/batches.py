@@ -57,7 +57,12 @@ def activation_bytes(graph: Graph, free: int = 1) -> int:
 
 
 def longest_free(shapes: Sequence[Shape | None], inputs: Inputs) -> int:
-    """The largest size that inputs have where their shape leaves it free, 1 where it leaves none."""
+    """The largest size that inputs have where their shape leaves it free, 1 where it leaves none.
+
+    Args:
+        shapes: of the network's inputs, rows first; None for one that is not known.
+        inputs: that are to be run.
+    """
     found = [1]
     for shape, array in zip(shapes, inputs.arrays, strict=True):
         free = range(1, array.ndim) if shape is None else [axis for axis, size in enumerate(shape) if axis and not size]

@@ -14,7 +14,7 @@ from kmerge.calibration.network import BEFORE, Network, Tape
 from kmerge.data import generator
 from kmerge.fuse.blend import Function, function_of
 from kmerge.fuse.chains import Chains, activation_of
-from kmerge.fuse.mixing import Line, Mixing, kept
+from kmerge.fuse.mixing import Line, Mixing, unmoved
 from kmerge.fuse.pairs import LEAST_PART, Frame, Kept, Pair
 from kmerge.graph import Layer, Ref, flatten, refs
 from kmerge.layout import source_graph
@@ -282,7 +282,9 @@ class Context:
             for place, axis in axes:
                 size = self.frame.shape((source, own, place))[axis]
                 units = self.frame.axis((source, own, place), axis)
-                lines.append(kept(size, share) if units is None else units.line(self.pairs, source, size, share, alone))
+                lines.append(
+                    unmoved(size, share) if units is None else units.line(self.pairs, source, size, share, alone)
+                )
                 mine = np.full(size, share) if units is None else units.parts(self.pairs, source, share, alone)
                 part = np.kron(part, mine)
             found[source], parts[source] = tuple(lines), part

@@ -80,7 +80,7 @@ class Line:
         return replace(self, blocks=tuple(replace(block, by=np.abs(block.by)) for block in self.blocks))
 
 
-def kept(length: int, factor: float) -> Line:
+def unmoved(length: int, factor: float) -> Line:
     """An axis whose entries keep their places."""
     places = np.arange(length)[:, None]
     return Line(length, length, (Block(places, places, factor),))

@@ -11,6 +11,7 @@ import numpy as np
 
 from kmerge.calibration.network import to_numpy
 from kmerge.fuse.attention import score_weights
+from kmerge.fuse.batches import FEW
 from kmerge.fuse.context import Context, Passes, Site
 from kmerge.fuse.design import ConvolutionRows, DenseRows, Linear, linear_rows
 from kmerge.fuse.linear import LEAST_ROWS, ROWS_PER_COLUMN, Columns, Found, side_by_side
@@ -22,7 +23,7 @@ from kmerge.shapes.layers import is_keras
 
 EMBEDDINGS = ("Embedding", "ReversibleEmbedding")
 _SCORES = 20_000
-"""Rows of scores, and at most this many numbers of each batch at a time, times 16."""
+"""Rows of scores, and at most this many numbers at a time, times 16, of so many inputs of every 48."""
 
 
 @dataclass(eq=False)
@@ -217,17 +218,19 @@ class ScoreTask:
                 seen = context.seen(call)
                 query, key = (ours[ref].shape for ref in (self._given(call, True)[n] for n in (0, -1)))
                 each = int(query[1] * key[1])
-                few = max(1, min(len(away), 16 * _SCORES // max(1, each * int(query[2]))))
-                x = self._features([to_numpy(ours[ref])[:few] for ref in self._given(call, True)], ours_inner)
+                few = max(1, min(FEW, 16 * _SCORES // max(1, each * int(query[2]))))
                 total = sum(context.shares[source] for source, _ in seen) or 1.0
-                target: Array = np.zeros(x.shape[:3])
-                for source, ref in seen:
-                    own = [to_numpy(theirs[one])[:few] for one in self._given(ref.call, False)]
-                    weight = context.stored(source, members[source], place).astype(np.float64).reshape(-1)
-                    target += context.shares[source] / total * (self._features(own, inner[source]) @ weight)
-                x, target = x.reshape(-1, x.shape[-1]), target.reshape(-1, 1)
-                picked = passes.pick(len(x), few, _SCORES / context.examples)
-                fit.add(0, x[picked], target[picked], away[picked // each])
+                for start in range(0, len(away), FEW):
+                    part = slice(start, min(start + few, len(away)))
+                    x = self._features([to_numpy(ours[ref])[part] for ref in self._given(call, True)], ours_inner)
+                    target: Array = np.zeros(x.shape[:3])
+                    for source, ref in seen:
+                        own = [to_numpy(theirs[one])[part] for one in self._given(ref.call, False)]
+                        weight = context.stored(source, members[source], place).astype(np.float64).reshape(-1)
+                        target += context.shares[source] / total * (self._features(own, inner[source]) @ weight)
+                    count, x, target = len(x), x.reshape(-1, x.shape[-1]), target.reshape(-1, 1)
+                    picked = passes.pick(len(x), count, _SCORES / context.examples)
+                    fit.add(0, x[picked], target[picked], away[part][picked // each])
         solved = fit.solve(guess.reshape(-1, 1), False)
         context.set(layer, place, solved.kernel.reshape(guess.shape))
         return f"{context.layer(layer).name}: scores, {solved.explained:.4f} explained"

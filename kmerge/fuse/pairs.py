@@ -32,7 +32,7 @@ class Pair:
     merge: Array
     unmerge: Array
 
-    def made(self, source: int, alone: bool) -> Array | float:
+    def made(self, source: int, alone: bool) -> Array:
         """What merged units are made of a source's, shape (units, merged units).
 
         A layer that is one source's alone makes what stands for its units even where no merged unit is made of them.
@@ -40,11 +40,11 @@ class Pair:
         own = self.merge[source]
         return np.asarray(self.unmerge[source].T if alone and not own.any() else own)
 
-    def read(self, source: int) -> Array | float:
+    def read(self, source: int) -> Array:
         """What takes those who read a source's units to the merged ones, shape (units, merged units)."""
         return np.asarray(self.unmerge[source].T)
 
-    def part(self, source: int, alone: bool) -> Array | float:
+    def part(self, source: int, alone: bool) -> Array:
         """How much of each merged unit comes from a source, by least squares, shape (merged units,)."""
         return np.asarray(np.einsum("ik,ki->k", self.made(source, alone), self.unmerge[source]))
 
@@ -59,14 +59,14 @@ class Kept:
 
     shares: tuple[float, ...]
 
-    def made(self, source: int, alone: bool) -> Array | float:
+    def made(self, source: int, alone: bool) -> float:
         own = self.shares[source]
         return 1.0 if alone and not own else own
 
-    def read(self, source: int) -> Array | float:
+    def read(self, source: int) -> float:
         return 1.0
 
-    def part(self, source: int, alone: bool) -> Array | float:
+    def part(self, source: int, alone: bool) -> float:
         return self.made(source, alone)
 
 

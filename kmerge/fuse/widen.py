@@ -170,9 +170,9 @@ def widened(context: Context, merged: Merged) -> Merged:
         setting = _SIZES.get(layer.class_name)
         if not origin.members:
             continue
-        entry = {key: value for key, value in layer.entry.items() if key != "build_config"}
+        layer = replace(layer, config=_unbuilt(layer.config), entry=_unbuilt(layer.entry))
+        layers[number] = layer
         if setting is None:
-            layers[number] = replace(layer, entry=entry)
             continue
         source, own = origin.members[0]
         state = frame.sources[source].states[own]
@@ -184,9 +184,7 @@ def widened(context: Context, merged: Merged) -> Merged:
         found = frame.axis((source, own, place), axis)
         if found is not None and found.length != shape[axis]:
             size = int(layer.config[setting]) * found.length // shape[axis]
-            layers[number] = replace(layer, config={**layer.config, setting: size}, entry=entry)
-        else:
-            layers[number] = replace(layer, entry=entry)
+            layers[number] = replace(layer, config={**layer.config, setting: size})
 
     def bare(ref: Ref) -> Ref:
         return replace(ref, shape=None)
@@ -194,6 +192,13 @@ def widened(context: Context, merged: Merged) -> Merged:
     calls = tuple(Call(call.layer, substitute(call.arguments, bare)) for call in merged.graph.calls)
     graph = replace(merged.graph, layers=tuple(layers), calls=calls)
     return replace(merged, graph=_shaped(graph))
+
+
+def _unbuilt(value: Any) -> Any:
+    """A configuration without the sizes that layers, and layers inside them, were built for."""
+    if isinstance(value, Mapping):
+        return {key: _unbuilt(item) for key, item in value.items() if key != "build_config"}
+    return [_unbuilt(item) for item in value] if isinstance(value, list) else value
 
 
 _KERNELS = ("kernel", "pointwise_kernel", "embeddings")
