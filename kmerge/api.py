@@ -327,7 +327,8 @@ def fine_tune(
         batch_size: rows of a batch, of all heads together; default 64.
         learning_rate: the highest; it rises over the first steps and falls along half a cosine. Default 0.001, and in
             healing less where the start agrees well already, down to 0.0001.
-        optimizer: name or Keras optimizer; default Adam. The object that is given is not changed.
+        optimizer: name or Keras optimizer; default Adam, and where sources teach Muon (arXiv:2502.16982) for those
+            kernels of the trunk for which its steps cost little. The object that is given is not changed.
         temperature: of the distillation; default 4; infinity matches logits.
         features: weight of matching the features of each source's trunk, through a linear map of its own.
         trunk_rate, layer_decay: factors on the rate in the trunk, and for each layer further from the heads.

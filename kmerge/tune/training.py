@@ -26,6 +26,7 @@ from kmerge.tune.keeper import TIME_IS_UP, Course, Watch, make_keeper, put_value
 from kmerge.tune.losses import distilled_loss, equal_decisions, masked_loss, masked_metric
 from kmerge.tune.marking import mark_of
 from kmerge.tune.moving import Plain, parts_of, rates, scaled_optimizer, set_moving
+from kmerge.tune.muon import kernels_of, make_muon
 from kmerge.tune.pairs import enriched
 from kmerge.tune.processes import processes
 from kmerge.tune.recorded import losses_of, metrics_of, training_of
@@ -325,6 +326,7 @@ class _Run:
         train, held = self._feeds()
         epochs = settings.epochs or max(EPOCHS, min(MOST_EPOCHS, math.ceil(STEPS / train.steps)))
         variables = list(student.trainable_variables)
+        self.kernels = kernels_of(self.parts.trunk, self.parts.heads, settings.batch_size or BATCH)
         state = self.state
         total = self._total(train, epochs)
         epochs = math.ceil(total / train.steps)
@@ -414,6 +416,8 @@ class _Run:
             warmup_target=high if warm else None,
             warmup_steps=warm,
         )
+        if given is None and self.healing and self.kernels:
+            return make_muon(schedule, self.kernels)
         try:
             kind = type(keras.optimizers.get(given or "adam"))
         except ValueError as error:
