@@ -33,8 +33,8 @@ class Settings:
         batch_size: rows per step, of all heads together; default 64.
         learning_rate: the highest; it rises over the first steps and falls to 0 along half a cosine. Default 0.001; in
             healing less where the start agrees well, down to 0.0001.
-        optimizer: name or Keras optimizer; default Adam, and where sources teach Muon for kernels of the trunk. One that
-            is given as an object keeps its own rate, unless learning_rate is given too.
+        optimizer: name or Keras optimizer; default Adam, and where sources teach Muon for kernels of the trunk. One
+            that is given as an object keeps its own rate, unless learning_rate is given too.
         temperature: of the distillation, default 4; infinity matches logits.
         features: weight of the loss between trunk features; 0 for none.
         trunk_rate, layer_decay: factor on the learning rate in the trunk, and once more for each layer towards the
