@@ -188,7 +188,11 @@ def _mix(_: click.Context, __: click.Parameter, values: Sequence[str]) -> dict[s
     callback=_positive(),
     help="The highest; it rises at the start and falls to 0. By default 0.001, less to heal a good start.",
 )
-@click.option("--optimizer", metavar="NAME", help="By Keras's name. By default adam.")
+@click.option(
+    "--optimizer",
+    metavar="NAME",
+    help="By Keras's name. By default adam, and where sources teach Muon for kernels of the trunk.",
+)
 @click.option(
     "--temperature",
     type=float,

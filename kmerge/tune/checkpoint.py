@@ -19,7 +19,9 @@ from kmerge.errors import FormatError, OutputError, PlanError
 from kmerge.methods.registry import Array
 
 NAME, LOCK = "training.npz", ".training.lock"
-FORMAT = 1
+FORMAT = 2
+"""Another number wherever the optimizer of a training keeps other variables than it did: 2 since sources teach by Muon.
+"""
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -326,7 +326,7 @@ class _Run:
         train, held = self._feeds()
         epochs = settings.epochs or max(EPOCHS, min(MOST_EPOCHS, math.ceil(STEPS / train.steps)))
         variables = list(student.trainable_variables)
-        self.kernels = kernels_of(self.parts.trunk, self.parts.heads, settings.batch_size or BATCH)
+        self.splits = self._splits(variables) if self.healing else {}
         state = self.state
         total = self._total(train, epochs)
         epochs = math.ceil(total / train.steps)
@@ -399,6 +399,12 @@ class _Run:
             feeds.append(Feed(parts, self.columns, self.subject.copies, settings.seed, self.processes))
         return feeds[0], feeds[1]
 
+    def _splits(self, variables: Sequence[Any]) -> dict[int, int]:
+        """Places of the kernels that move by Muon, and how they are split into matrices."""
+        places = {id(variable): place for place, variable in enumerate(variables)}
+        found = kernels_of(self.parts.trunk, self.parts.heads, self.settings.batch_size or BATCH)
+        return {places[id(kernel)]: split for kernel, split in found if id(kernel) in places}
+
     def _optimizer(self, total: int, usual: float) -> Any:
         import keras
 
@@ -416,8 +422,8 @@ class _Run:
             warmup_target=high if warm else None,
             warmup_steps=warm,
         )
-        if given is None and self.healing and self.kernels:
-            return make_muon(schedule, self.kernels)
+        if given is None and self.splits:
+            return make_muon(schedule, self.splits)
         try:
             kind = type(keras.optimizers.get(given or "adam"))
         except ValueError as error:
