@@ -103,7 +103,9 @@ class Bench:
 
         import kmerge
 
-        epochs = {"epochs": 1} if self.options.quick else {}
+        epochs: dict[str, Any] = {"epochs": 1} if self.options.quick else {}
+        if self.options.minutes:
+            epochs = {"minutes": self.options.minutes}
         healed = None
         for method in self.options.merges:
             merged = folder / f"{method}.keras"
@@ -127,7 +129,7 @@ class Bench:
             self._with_labels(case, seed, paths, data, healed.model, epochs)
 
     def _with_labels(
-        self, case: Case, seed: int, paths: dict[str, Path], data: Data, model: Any, epochs: dict[str, int]
+        self, case: Case, seed: int, paths: dict[str, Path], data: Data, model: Any, epochs: dict[str, Any]
     ) -> None:
         """Some labels per class: all heads as one model, and each source by itself."""
         import keras
@@ -239,6 +241,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--seeds", type=lambda text: [int(word) for word in words(text)], help="default: 0,1,2")
     parser.add_argument("--merges", type=words, default=MERGES, help="to start from; the last one is trained on")
     parser.add_argument("--parts", type=words, default=("fresh", "labels"), help="beside healing: fresh,labels")
+    parser.add_argument("--minutes", type=float, metavar="M", help="for each training; default: as many as it takes")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "accuracy", help="where the sources are kept")
     parser.add_argument("--quick", action="store_true", help="a tiny version, to try the script itself")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
