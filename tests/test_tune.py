@@ -349,7 +349,7 @@ def test_rates_fall_towards_the_input() -> None:
     one, two = keras.Variable([1.0], name="one"), keras.Variable([1.0], name="two")
     given = keras.optimizers.SGD(0.5)
     kind = type(given)
-    made = scaled_optimizer(given, [one, two], {one.path: 0.1})
+    made = scaled_optimizer(given, [one, two], [0.1, 1.0])
     made.apply([keras.ops.ones(1)] * 2, [one, two])
     assert values(one) == pytest.approx([0.95])
     assert values(two) == pytest.approx([0.5])

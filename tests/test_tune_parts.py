@@ -363,7 +363,18 @@ def test_layers_that_keep_their_statistics_move_at_the_rate_of_the_trunk() -> No
     norm, dense = keras.layers.BatchNormalization(), keras.layers.Dense(3)
     model = keras.Sequential([keras.Input((3,)), dense, norm])
     keep_statistics(norm)
-    assert rates(Parts((dense, norm), ()), 0.1, 1.0) == {variable.path: 0.1 for variable in model.trainable_variables}
+    assert rates(Parts((dense, norm), ()), model.trainable_variables, 0.1, 1.0) == [0.1] * 4
+
+
+def test_rates_are_those_of_the_trunk_alone_where_layers_have_one_name() -> None:
+    import keras
+
+    def nested(name: str) -> Any:
+        return keras.Sequential([keras.Input((3,)), keras.layers.Dense(3, name="dense")], name=name)
+
+    one, two, head = nested("one"), nested("two"), nested("head")
+    moved = [*one.trainable_variables, *two.trainable_variables, *head.trainable_variables]
+    assert rates(Parts((one, two), (head,)), moved, 0.5, 0.5) == [0.25, 0.25, 0.5, 0.5, 1, 1]
 
 
 # ------------------------------------------------------------------------------------------- settings, marks, locks

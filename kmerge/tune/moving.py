@@ -155,34 +155,33 @@ class Plain:
             mine.assign(ops.convert_to_numpy(other) if value is None else value)
 
 
-def rates(parts: Parts, trunk_rate: float, decay: float) -> dict[str, float]:
-    """By what the learning rate of each variable is multiplied, by its path.
+def rates(parts: Parts, variables: Sequence[Any], trunk_rate: float, decay: float) -> list[float]:
+    """By what the learning rate of each variable is multiplied.
 
     Args:
         parts: trunk and heads.
+        variables: that move; told apart by what they are, for those of nested models may have one path.
         trunk_rate: for the trunk.
         decay: once more for each layer further from the heads.
     """
-    found: dict[str, float] = {}
+    found: dict[int, float] = {}
     factor = trunk_rate
     for layer in reversed(parts.trunk):
-        # Not `trainable_variables`, which leaves out what moves in a layer that keeps its statistics.
-        found |= {variable.path: factor for variable in layer.variables if variable.trainable}
+        found |= {id(variable): factor for variable in layer.variables}
         factor *= decay
-    return {path: rate for path, rate in found.items() if rate != 1}
+    return [found.get(id(variable), 1.0) for variable in variables]
 
 
-def scaled_optimizer(optimizer: Any, variables: Sequence[Any], factors: Mapping[str, float]) -> Any:
-    """The optimizer with a rate per variable: another object of the same settings."""
-    if not factors:
+def scaled_optimizer(optimizer: Any, variables: Sequence[Any], factors: Sequence[float]) -> Any:
+    """The optimizer with a factor on the rate of each variable: another object of the same settings."""
+    if all(factor == 1 for factor in factors):
         return optimizer
     import keras
 
-    by_place = [factors.get(variable.path, 1.0) for variable in variables]
     kind: Any = type(optimizer)
 
     def update_step(self: Any, gradient: Any, variable: Any, learning_rate: Any) -> Any:
-        factor = by_place[self._get_variable_index(variable)]
+        factor = factors[self._get_variable_index(variable)]
         return kind.update_step(self, gradient, variable, learning_rate * factor)
 
     def one_by_one(self: Any, gradients: Any, variables: Any, learning_rate: Any) -> None:

@@ -338,7 +338,8 @@ class _Run:
         if self.healing:
             rate = min(max(PER_GAP * (1 - scores["val_agreement"]), GENTLE), RATE)
         optimizer = self._optimizer(total, rate)
-        optimizer = scaled_optimizer(optimizer, variables, rates(self.parts, settings.trunk_rate, settings.layer_decay))
+        factors = rates(self.parts, variables, settings.trunk_rate, settings.layer_decay)
+        optimizer = scaled_optimizer(optimizer, variables, factors)
         self._compile(optimizer)
         assert [id(v) for v in student.trainable_variables] == [id(v) for v in variables]
         optimizer.build(variables)
