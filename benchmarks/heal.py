@@ -103,15 +103,15 @@ class Bench:
 
         import kmerge
 
-        epochs: dict[str, Any] = {"epochs": 1} if self.options.quick else {}
+        limits: dict[str, Any] = {"epochs": 1} if self.options.quick else {}
         if self.options.minutes:
-            epochs = {"minutes": self.options.minutes}
+            limits["minutes"] = self.options.minutes
         healed = None
         for method in self.options.merges:
             merged = folder / f"{method}.keras"
             kmerge.combine(paths, merged, method=method, data=inputs, samples=len(inputs), seed=seed)
             start = self._score(case, keras.saving.load_model(merged, compile=False), data)
-            healed = kmerge.fine_tune(merged, inputs, paths, seed=seed, **epochs)
+            healed = kmerge.fine_tune(merged, inputs, paths, seed=seed, **limits)
             self._add(f"{method}, healed", case, healed, data, start)
         assert healed is not None
         minutes = {"minutes": max(healed.seconds / 60, 0.01)}
@@ -126,10 +126,10 @@ class Bench:
             found = kmerge.fine_tune(fresh, (inputs, labels), seed=seed, **minutes)
             self._add("fresh model, labels", case, found, data, None)
         if "labels" in self.options.parts:
-            self._with_labels(case, seed, paths, data, healed.model, epochs)
+            self._with_labels(case, seed, paths, data, healed.model, limits)
 
     def _with_labels(
-        self, case: Case, seed: int, paths: dict[str, Path], data: Data, model: Any, epochs: dict[str, Any]
+        self, case: Case, seed: int, paths: dict[str, Path], data: Data, model: Any, limits: dict[str, Any]
     ) -> None:
         """Some labels per class: all heads as one model, and each source by itself."""
         import keras
@@ -145,12 +145,12 @@ class Bench:
             chosen = np.concatenate(rows)
             sets[label] = (data.train[chosen], np.searchsorted(classes, data.train_targets[chosen]))
         start = self._score(case, model, data)
-        found = kmerge.fine_tune(model, sets, seed=seed, learning_rate=1e-4, **epochs)
+        found = kmerge.fine_tune(model, sets, seed=seed, learning_rate=1e-4, **limits)
         self._add(f"{LABELS_PER_CLASS} labels per class, one model", case, found, data, start)
         scores, seconds = [], 0.0
         for label, path in paths.items():
             single = keras.saving.load_model(path, compile=False)
-            given = {"learning_rate": 1e-4, "loss": "sparse_categorical_crossentropy", "seed": seed, **epochs}
+            given = {"learning_rate": 1e-4, "loss": "sparse_categorical_crossentropy", "seed": seed, **limits}
             alone = kmerge.fine_tune(single, sets[label], **given)
             seconds += alone.seconds
             scores.append(_score(case, label, alone.model.predict(data.test, batch_size=256, verbose=0), data))

@@ -572,6 +572,12 @@ def test_checkpoints_that_are_none(tmp_path: Path) -> None:
     assert found.facts["course"] == {"step": 3}
     assert [array.tolist() for array in found.groups["model"]] == [[0, 1, 2], 5]
     assert os.listdir(tmp_path) == [NAME]
+    with np.load(tmp_path / NAME) as file:
+        values = dict(file)
+    facts = {**json.loads(values["facts"].tobytes()), "format": 1}
+    np.savez(tmp_path / NAME, **{**values, "facts": np.frombuffer(json.dumps(facts).encode(), np.uint8)})
+    with pytest.raises(kmerge.FormatError, match=r"of an earlier kmerge \(format 1, expected 2\): .*--force"):
+        load_state(tmp_path, "mark")
     (tmp_path / NAME).write_bytes((tmp_path / NAME).read_bytes()[:200])
     with pytest.raises(kmerge.FormatError, match="no checkpoint"):
         load_state(tmp_path, "mark")

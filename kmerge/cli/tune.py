@@ -191,7 +191,7 @@ def _mix(_: click.Context, __: click.Parameter, values: Sequence[str]) -> dict[s
 @click.option(
     "--optimizer",
     metavar="NAME",
-    help="By Keras's name. By default adam, and where sources teach Muon for kernels of the trunk.",
+    help="By Keras's name. By default adam, and where sources teach, kernels of the trunk by a Muon of kmerge's own.",
 )
 @click.option(
     "--temperature",

@@ -92,9 +92,7 @@ def load_state(folder: Path, mark: str) -> State | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             facts = json.loads(file["facts"].tobytes())
-            if facts["format"] != FORMAT:
-                raise ValueError(f"its format is {facts['format']}")
-            of = facts["mark"]
+            of, written = facts["mark"], int(facts["format"])
             groups = {}
             for group, dtypes in facts["dtypes"].items():
                 found = [file[f"{group}_{number}"] for number in range(len(dtypes))]
@@ -103,6 +101,12 @@ def load_state(folder: Path, mark: str) -> State | None:
         raise FormatError(
             f"'{path}' is no checkpoint of kmerge ({error}): remove it, and start without --resume."
         ) from error
+    if written != FORMAT:
+        other = "an earlier" if written < FORMAT else "a later"
+        raise FormatError(
+            f"The checkpoint in '{folder}' is of {other} kmerge (format {written}, expected {FORMAT}): go on with that "
+            "one, or start again with another folder or with --force."
+        )
     if of != mark:
         raise PlanError(
             f"The checkpoint in '{folder}' is of another training: the model, the sources, the data or the settings "

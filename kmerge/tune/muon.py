@@ -3,7 +3,7 @@
 Muon (https://kellerjordan.github.io/posts/muon, arXiv:2502.16982) replaces the momentum of a matrix by the nearest
 orthogonal one, found by Newton and Schulz's iteration. A student that starts from a merge is right along the directions
 that carry most of its outputs, and Adam spends its steps on these; what a merge lost lies along the others. Keras's own
-`Muon` takes matrices alone; here kernels of convolutions are matrices too, split where they are most nearly square.
+`Muon` takes matrices alone; here kernels of convolutions are matrices too, from all that one unit reads to the units.
 """
 
 from __future__ import annotations
@@ -39,8 +39,7 @@ def kernels_of(layers: Iterable[Any], others: Iterable[Any], rows: int) -> list[
     for layer in _plain(layers):
         uses = _uses(layer)
         total += 6.0 * rows * uses * _kernel_size(layer)
-        for kernel in _kernels(layer):
-            split = _split(kernel.shape)
+        for kernel, split in _kernels(layer):
             less, more = sorted((math.prod(kernel.shape[:split]), math.prod(kernel.shape[split:])))
             if less >= LEAST:
                 cost = ITERATIONS * (4.0 * less * less * more + 2.0 * less**3)
@@ -71,7 +70,7 @@ def _kernel_size(layer: Any) -> int:
 
 
 def _uses(layer: Any) -> float:
-    """How often a layer's weights are used for one row of a batch: once, where that is not known."""
+    """How often a layer's weights are used for one row of a batch: once, where that is not known, as of free sizes."""
     weights, total = [tuple(weight.shape) for weight in layer.weights], 0
     for node in layer._inbound_nodes:
         given = {Ref(number): tuple(tensor.shape) for number, tensor in enumerate(node.input_tensors)}
@@ -82,16 +81,19 @@ def _uses(layer: Any) -> float:
     return max(total / max(_kernel_size(layer), 1), 1.0)
 
 
-def _kernels(layer: Any) -> Iterator[Any]:
-    """What a layer multiplies all its inputs with at once; nothing of recurrent and depthwise ones, and of tables."""
+def _kernels(layer: Any) -> Iterator[tuple[Any, int]]:
+    """What a layer multiplies all its inputs with at once, and how many axes are rows of its matrix; nothing of
+    recurrent, grouped and depthwise ones, and of tables.
+    """
     import keras
 
     kinds = (keras.layers.Dense, keras.layers.EinsumDense, *_convolutions(keras))
     for inner in layer._flatten_layers():
-        if isinstance(inner, kinds):
+        if isinstance(inner, kinds) and getattr(inner, "groups", 1) == 1:
             kernel: Any = inner._kernel if hasattr(inner, "_kernel") else inner.kernel  # not what adapters add up to
             if kernel.trainable and math.prod(kernel.shape):
-                yield kernel
+                free = isinstance(inner, keras.layers.EinsumDense)
+                yield kernel, _split(kernel.shape) if free else len(kernel.shape) - 1
 
 
 def _convolutions(keras: Any) -> tuple[Any, ...]:
@@ -99,12 +101,12 @@ def _convolutions(keras: Any) -> tuple[Any, ...]:
 
 
 def _split(shape: Sequence[int]) -> int:
-    """How many axes are rows, so that the matrix is most nearly square.
+    """How many axes of a kernel are rows, so that its matrix is most nearly square.
 
-    >>> _split((3, 3, 32, 64))
-    3
     >>> _split((64, 4, 16))
     1
+    >>> _split((4, 16, 64))
+    2
     """
 
     def unevenness(split: int) -> float:
