@@ -20,7 +20,7 @@ from test_align import merge, twin_of
 from kmerge import merge_models
 from kmerge.agreement import Agreement, measure_agreement
 from kmerge.assembly import assemble
-from kmerge.calibration.enrich import channels_first, crossed
+from kmerge.calibration.enrich import are_letters, channels_first, crossed
 from kmerge.calibration.inputs import Inputs
 from kmerge.engine import merge_tensors
 from kmerge.fuse import model as fuse_model
@@ -28,12 +28,13 @@ from kmerge.fuse import ridge
 from kmerge.fuse.batches import UNSEEN, activation_bytes, batch_size, in_batches, longest_free, share_unseen
 from kmerge.fuse.blend import BY_OUTPUTS, FUNCTIONS, Sample, _metric, _Problem, blended, function_of
 from kmerge.fuse.clusters import cluster_units, distances
+from kmerge.fuse.common import Common
 from kmerge.fuse.context import Context
 from kmerge.fuse.mixing import Block, Line, Mixing, unmoved
 from kmerge.fuse.model import Fusion, fuse_models, memory_for
 from kmerge.fuse.pairing import assigned, correlations, transported, zipped
 from kmerge.fuse.pairs import Frame, Pair, arranged
-from kmerge.fuse.ridge import STRENGTHS, Regression, Solution
+from kmerge.fuse.ridge import STRENGTHS, Regression, Solution, farthest
 from kmerge.layout import lay_out, source_graph
 from kmerge.output import create_output
 from kmerge.planning import make_plan
@@ -174,6 +175,92 @@ def test_no_strength_is_chosen_by_the_rows_that_are_fitted(held: bool) -> None:
     assert found.strength == ridge.UNTOLD
     expected = closed_form(x, y, np.zeros_like(kernel), True, ridge.UNTOLD)
     np.testing.assert_allclose(found.kernel, expected[0], atol=1e-9)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(60, 4), (12, 30)])
+def test_rows_that_wait_to_be_summed_up_count_like_the_others(
+    rows: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y, kernel = problem(rows, width, 0.5)
+    expected = solved(x, y, kernel * 0, parts=1)
+    monkeypatch.setattr(ridge, "_AT_ONCE", 7)
+    found = solved(x, y, kernel * 0, parts=9)
+    assert found.strength == expected.strength
+    np.testing.assert_allclose(found.kernel, expected.kernel, atol=1e-9)
+
+
+def test_the_farthest_share_by_hand() -> None:
+    """1 + t², of 8 rows: half as much again as the least, 1, is reached at the root of a half."""
+    assert farthest(lambda t: 1 + t**2, 8) == pytest.approx(np.sqrt(0.5))
+    assert farthest(lambda t: 1 + t**2, 2) == 1  # twice as much, at the very end
+    assert farthest(lambda t: 1 + (t - 0.5) ** 2, 2 * 10**8) == pytest.approx(0.5, abs=0.02)  # many rows: the least
+    assert farthest(lambda t: 2 - t, 100) == 1  # the farther, the better
+    assert farthest(lambda t: 1.0, 100) == 1  # no difference at all
+    assert farthest(lambda t: 3 * t**2, 100) == 0  # exact where it is, and only there
+    assert farthest(lambda t: 1 - t**2 / 2 + t, 10**8) == 0  # a hill between: not beyond it
+
+
+@pytest.mark.parametrize(("rows", "width"), [(200, 5), (16, 30)])
+@pytest.mark.parametrize("apart", [0, 3, 40])
+def test_targets_move_as_far_as_held_back_rows_do_not_tell(rows: int, width: int, apart: int) -> None:
+    x, y, kernel = problem(rows, width, 1.0)
+    gap = x @ np.random.default_rng(3).standard_normal(kernel.shape) / 3
+    held = np.arange(rows) % 5 == 4
+    fit = Regression(width, 2, True)
+    for part in np.array_split(np.arange(rows), 3):
+        fit.add(x[part], np.hstack([y, gap])[part], held[part])
+    guess = kernel + 0.3
+    found, plain = fit.solve(guess, True, apart), solved(x, y, guess)
+    assert found.strength == plain.strength
+    expected = closed_form(x, y + found.pull * gap, guess, True, found.strength)
+    np.testing.assert_allclose(found.kernel, expected[0], atol=1e-6)
+    np.testing.assert_allclose(found.offset, expected[1], atol=1e-5)
+
+    def loss(pull: float) -> float:
+        own, offset = closed_form(x[~held], (y + pull * gap)[~held], guess, True, found.strength)
+        return float(np.sum((y[held] - x[held] @ own - offset) ** 2))
+
+    if not apart:
+        assert found.pull == 0
+        return
+    shares = np.linspace(0, 1, 201)
+    losses = np.array([loss(share) for share in shares])
+    allowed = shares[losses <= losses.min() * (1 + np.sqrt(2 / apart))]
+    assert found.pull == pytest.approx(allowed.max(), abs=0.006)
+    assert found.pull > 0
+
+
+# ---- what all sources give
+
+
+def test_sources_of_one_task_by_hand() -> None:
+    """Of 0, 2, 4 and 1, 3, 5 the shared mean lies 0.25 above the first; other rows than those held back count too."""
+    one, two = np.array([[0.0], [2.0], [4.0]]), np.array([[1.0], [3.0], [5.0]])
+    common = Common([0.75, 0.25], 0)
+    np.testing.assert_allclose(common.add([one, two], np.array([False, True, True])), 0.25)
+    assert common.apart == 2  # 3 times a square of 1 apart, of a spread of 8: more than half is explained
+    np.testing.assert_allclose(common.add([one, two + 9], np.array([True, True, True])), 2.5)
+    assert common.apart == 0
+
+
+def test_sources_of_other_tasks_have_nothing_in_common() -> None:
+    rng = np.random.default_rng(0)
+    one, two = rng.standard_normal((2, 50, 4))
+    held = np.arange(50) % 5 == 4
+    strangers, others = Common([0.5, 0.5], 0), Common([0.5, 0.5], 1)
+    strangers.add([one, two], held)
+    assert strangers.apart == 0
+    assert not others.add([one[:, :3], two], held).any()
+    assert others.apart == 0
+
+
+def test_rows_that_are_not_finite_tell_nothing_of_the_task() -> None:
+    one = np.arange(10.0)[:, None]
+    two = one + 0.1
+    two[3] = np.nan
+    common = Common([0.5, 0.5], 0)
+    common.add([one, two], np.arange(10) >= 8)
+    assert common.apart == 2
 
 
 # ---- clusters
@@ -402,6 +489,23 @@ def test_an_exact_start_is_left_as_it_is() -> None:
     frame, values, pair = permuted_units()
     np.testing.assert_allclose(values @ pair.merge.reshape(12, 6), values[:, :6], atol=1e-12)
     assert blended(frame, 0, [Sample(values, FUNCTIONS["relu"])], pair, [0.5, 0.5]) is pair
+
+
+def test_blends_are_those_that_held_back_rows_speak_for() -> None:
+    """With as few rows as units, the search finds what chance has put there; other rows tell."""
+    rng = np.random.default_rng(6)
+    rows, judges = rng.standard_normal((24, 24)), rng.standard_normal((400, 24))
+    frame = framed([np.eye(12)] * 2)
+    start = Pair(np.stack([np.eye(12) / 2] * 2), np.stack([np.eye(12)] * 2))
+    told = [Sample(rows, FUNCTIONS["relu"], judges=judges)]
+    task = _Problem(frame, 0, told, [0.5, 0.5])
+    first = start.merge.reshape(24, 12)
+    alone, judged = (
+        blended(frame, 0, samples, start, [0.5, 0.5]).merge.reshape(24, 12)
+        for samples in ([Sample(rows, FUNCTIONS["relu"])], told)
+    )
+    assert task.cost(alone)[0] < task.cost(judged)[0]
+    assert task.judged(judged) <= task.judged(first) < task.judged(alone)
 
 
 def test_what_stands_for_a_unit_of_a_permutation_is_its_inverse() -> None:
@@ -677,6 +781,26 @@ def test_crossed_rows_of_features_lie_between_two() -> None:
     assert (made >= 0).all()
     assert (np.count_nonzero(made, axis=1) <= 2).all()
     assert np.sort(made, axis=1)[:, -1].min() >= 0.5
+
+
+def test_letters_are_told_by_their_values() -> None:
+    letters = np.eye(4, dtype="float32")[np.random.default_rng(0).integers(4, size=(6, 9))]
+    assert are_letters(inputs_of(letters))
+    assert are_letters(inputs_of(letters[..., None].astype("uint8")))
+    unknown = letters.copy()
+    unknown[:, 3] = 0
+    assert are_letters(inputs_of(unknown))
+    assert not are_letters(inputs_of(letters * 0.5))
+    assert not are_letters(inputs_of(1 - letters))
+    assert not are_letters(inputs_of(np.zeros((6, 9, 4))))
+    assert not are_letters(inputs_of(letters[..., :1]))
+    assert not are_letters(inputs_of(letters[:, 0]))
+    assert not are_letters(Inputs((letters, letters[:, 0]), np.full(6, -1)))
+
+
+def test_crossed_letters_are_letters() -> None:
+    letters = np.eye(4, dtype="float32")[np.random.default_rng(0).integers(4, size=(6, 9))]
+    assert are_letters(crossed(inputs_of(letters), 50, np.random.default_rng(0)))
 
 
 def test_crossed_inputs_of_one_network_come_from_the_same_two() -> None:
@@ -1161,3 +1285,76 @@ def test_means_of_several_outputs_of_other_shapes(first: int, tmp_path: Path) ->
         wanted = np.mean([source[number] for source in sources], axis=0)
         assert made[number].shape == wanted.shape == (300, width)
         assert np.corrcoef(made[number].ravel(), wanted.ravel())[0, 1] > 0.9
+
+
+# ---- sources of one task
+
+
+def _noisy(model: Any, amount: float, seed: int) -> Any:
+    rng = np.random.default_rng(seed)
+    model.set_weights([value * np.exp(amount * rng.standard_normal(value.shape)) for value in model.get_weights()])
+    return model
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_heads_of_one_task_lean_on_each_other(outputs: int, tmp_path: Path) -> None:
+    """Three copies of a network, each with errors of its own: what they were before lies nearer to the heads fused
+    than to the copies, and the heads still agree with these."""
+
+    def recipe(b: Any, x: Any) -> Any:
+        y = b.Dense(12, activation="relu", name="one")(x)
+        heads = [b.Dense(2, name=f"top{number}")(y) for number in range(outputs)]
+        return heads if outputs > 1 else heads[0]
+
+    case = zoo.TopologyCase("heads", zoo.F(6), recipe)
+    right = case.build(0)
+    with ExitStack() as stack:
+        sources = [
+            stack.enter_context(
+                open_source(zoo.save(_noisy(case.build(0), 0.25, seed), tmp_path / f"{label}.keras"), label)
+            )
+            for seed, label in enumerate("abc")
+        ]
+        fusion, model = fuse(sources, inputs_of(case.inputs(300)), tmp_path)
+        assert any("one task" in note for note in fusion.notes)
+        x = np.random.default_rng(99).standard_normal((500, 6)).astype("float32")
+        truth = np.hstack(zoo.predictions(right, x))
+        made = np.split(np.hstack(zoo.predictions(model, x)), 3, axis=1)
+        given = [np.hstack(zoo.predictions(loaded(source.path), x)) for source in sources]
+        errors = [float(np.mean((values - truth) ** 2)) for values in given]
+        assert np.mean([float(np.mean((values - truth) ** 2)) for values in made]) < 0.95 * np.mean(errors)
+        assert min(item.value for item in fusion.agreements) > 0.95
+
+
+def test_heads_of_other_tasks_do_not_lean_on_each_other(strangers: dict[str, tuple[Fusion, Any]]) -> None:
+    for fusion, _ in strangers.values():
+        assert not any("one task" in note for note in fusion.notes)
+
+
+def test_units_under_a_maximum_are_no_mixtures(tmp_path: Path) -> None:
+    """A mixture of linear units is as good as they are where linear layers read them, not under a maximum."""
+
+    def kinds(pool: str) -> list[bool]:
+        case = zoo.TopologyCase(
+            pool,
+            zoo.F(8, 3),
+            lambda b, x: b.Dense(2)(b.Flatten()(getattr(b, f"{pool}Pooling1D")(2)(b.Conv1D(5, 3, name="one")(x)))),
+        )
+        found: list[bool] = []
+        blend = fuse_model.samples_of
+
+        def spied(*given: Any) -> Any:
+            found.append(blend(*given) is not None)
+            return blend(*given)
+
+        with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fuse_model, "samples_of", spied)
+            sources = [
+                stack.enter_context(open_source(zoo.save(case.build(seed), tmp_path / f"{pool}{label}.keras"), label))
+                for seed, label in enumerate("ab")
+            ]
+            fuse(sources, inputs_of(case.inputs(120)), tmp_path)
+        return found
+
+    assert kinds("Average") == [True]
+    assert kinds("Max") == [False]

@@ -52,6 +52,18 @@ def crossed(inputs: Inputs, rows: int, rng: np.random.Generator, first: Collecti
     return Inputs(arrays, inputs.owners[one], True, f"{rows:,} made of pairs of them")
 
 
+def are_letters(inputs: Inputs) -> bool:
+    """Whether all arrays are rows of one-hot letters: what is crossed of them is no less one than what was given."""
+    return all(_one_hot(array) for array in inputs.arrays)
+
+
+def _one_hot(array: Array) -> bool:
+    rows = array[..., 0] if array.ndim == 4 and array.shape[-1] == 1 else array
+    if rows.ndim != 3 or rows.shape[-1] < 2 or rows.dtype.kind not in "fiub":
+        return False
+    return bool(np.isin(rows, (0, 1)).all() and (rows.sum(axis=-1) <= 1).all() and rows.any())
+
+
 def cross(one: Array, two: Array, rng: np.random.Generator, channels_first: bool) -> Array:
     """Rows of one array crossed with those of another: a box of positions, or points between rows of features.
 

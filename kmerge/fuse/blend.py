@@ -25,6 +25,8 @@ WORK = 10**12
 """Multiplications that the search in one space may take."""
 BY_OUTPUTS = 0.8
 """How much counts what an error does to the sources' outputs, against what it does to the layers behind."""
+LOOK = 5
+"""Steps between two looks at the rows that are held back."""
 _RIDGE = 1e-4
 _EXACT = 1e-6
 """Share that is lost from which nothing has to be looked for."""
@@ -93,16 +95,19 @@ class Sample:
         slopes: mean products of the gradients of the sources' outputs with the units' activations, shape
             (sources * units,) squared; None where they are not known.
         together: whether only the mean of the sources' outputs matters.
+        judges: rows like the first, of inputs that are held back.
     """
 
     rows: Array
     function: Function
     slopes: Array | None = None
     together: bool = False
+    judges: Array | None = None
 
     def thinned(self, rows: int) -> Sample:
         """About that many of the rows, from all over them."""
-        return replace(self, rows=self.rows[:: max(1, round(len(self.rows) / rows))])
+        step = max(1, round(len(self.rows) / rows))
+        return replace(self, rows=self.rows[::step], judges=None if self.judges is None else self.judges[::step])
 
 
 def blended(frame: Frame, number: int, samples: Sequence[Sample], pair: Pair, shares: Sequence[float]) -> Pair:
@@ -139,6 +144,7 @@ class _Problem:
         readers = _readers(frame, number)
         self.samples = samples
         self.sites: list[tuple[Array, Function, Array]] = []
+        self.judges: list[tuple[Array, Array]] = []
         for sample in samples:
             values = sample.rows.astype(np.float32)
             active = sample.function[0](values)
@@ -147,25 +153,27 @@ class _Problem:
             eigenvalues, vectors = np.linalg.eigh(metric)
             kept = eigenvalues > 1e-6 * max(float(eigenvalues[-1]), 1e-300)
             root = vectors[:, kept] * np.sqrt(eigenvalues[kept])
-            wanted = active @ root.astype(np.float32)
-            wanted -= wanted.mean(axis=0)
+            narrow = root.astype(np.float32)
+            wanted = active @ narrow
+            middle = wanted.mean(axis=0)
+            wanted -= middle
             scale = float(np.sum(wanted.astype(np.float64) ** 2))
             if scale > 0:
                 self.sites.append((values, sample.function, wanted / np.float32(np.sqrt(scale))))
+                judges = (values[:0] if sample.judges is None else sample.judges).astype(np.float32)
+                told = sample.function[0](judges) @ narrow - middle
+                self.judges.append((judges, told / np.float32(np.sqrt(scale))))
 
     def cost(self, blends: Array) -> tuple[float, Array]:
         """Share that is lost, mean over sites, and its slope."""
         total, gradient = 0.0, np.zeros_like(blends)
-        size = blends.shape[1]
         narrow = blends.astype(np.float32)
         for values, (function, slope), wanted in self.sites:
             made = values @ narrow
             given = function(made)
             open_ = slope(made, given)
             centred = given - given.mean(axis=0)
-            gram = (centred.T @ centred).astype(np.float64)
-            gram += (_RIDGE * np.trace(gram) / size + 1e-12) * np.eye(size)
-            back = np.linalg.solve(gram, (centred.T @ wanted).astype(np.float64)).astype(np.float32)
+            back = _followed(centred, wanted)
             rest = centred @ back - wanted
             total += float(np.sum(rest.astype(np.float64) ** 2))
             toward = 2 * (rest @ back.T)
@@ -173,7 +181,20 @@ class _Problem:
             gradient += values.T @ (toward * open_)
         return total / len(self.sites), gradient / len(self.sites)
 
+    def judged(self, blends: Array) -> float:
+        """Share that is lost of the rows that are held back, sum over sites; 0 where there are none."""
+        total, narrow = 0.0, blends.astype(np.float32)
+        for (values, (function, _), wanted), (judges, told) in zip(self.sites, self.judges, strict=True):
+            if len(judges):
+                given = function(values @ narrow)
+                middle = given.mean(axis=0)
+                back = _followed(given - middle, wanted)
+                rest = (function(judges @ narrow) - middle) @ back - told
+                total += float(np.sum(rest.astype(np.float64) ** 2))
+        return total
+
     def search(self, start: Array, most: int) -> Array:
+        """Better blends than those given, as far as the rows that are held back agree."""
         from scipy.optimize import minimize
         from threadpoolctl import threadpool_limits
 
@@ -188,9 +209,25 @@ class _Problem:
 
         work = sum(4 * values.size * start.shape[1] for values, *_ in self.sites)
         steps = int(np.clip(WORK // max(work, 1), 5, most))
+        best, least, turn = start, np.inf, 0
+
+        def look(flat: Array) -> None:
+            nonlocal best, least, turn
+            if turn % LOOK == 0 or turn == steps:
+                blends = flat.reshape(start.shape) / length
+                loss = self.judged(blends)
+                if loss < least or not judged:
+                    best, least = blends, loss
+            turn += 1
+
+        judged = any(len(judges) for judges, _ in self.judges)
+        first = (start * length).ravel()
         with threadpool_limits(1, "blas"):  # NumPy's threads and SciPy's wait for each other at every step otherwise
-            found = minimize(cost, (start * length).ravel(), jac=True, method="L-BFGS-B", options={"maxiter": steps})
-        return np.asarray(found.x.reshape(start.shape) / length)
+            look(first)
+            found = minimize(cost, first, jac=True, method="L-BFGS-B", callback=look, options={"maxiter": steps})
+            turn = steps
+            look(found.x)
+        return np.asarray(best)
 
     def unmerge(self, blends: Array) -> Array:
         """What stands for every unit among the blends, by least squares on their activations."""
@@ -205,6 +242,13 @@ class _Problem:
             products += given.T @ active / scale
         gram += (1e-3 * np.trace(gram) / size + 1e-12) * np.eye(size)
         return np.asarray(np.linalg.solve(gram, products))
+
+
+def _followed(given: Array, wanted: Array) -> Array:
+    """What gives the second from the first by least squares; rows are centred."""
+    gram = (given.T @ given).astype(np.float64)
+    gram += (_RIDGE * np.trace(gram) / len(gram) + 1e-12) * np.eye(len(gram))
+    return np.asarray(np.linalg.solve(gram, (given.T @ wanted).astype(np.float64)).astype(np.float32))
 
 
 def _metric(

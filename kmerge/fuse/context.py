@@ -12,6 +12,7 @@ import numpy as np
 
 from kmerge.calibration.network import BEFORE, Network, Tape
 from kmerge.data import generator
+from kmerge.dialects.vocabulary import RANDOM
 from kmerge.fuse.blend import Function, function_of
 from kmerge.fuse.chains import Chains, activation_of
 from kmerge.fuse.mixing import Line, Mixing, unmoved
@@ -20,6 +21,26 @@ from kmerge.graph import Layer, Ref, flatten, refs
 from kmerge.layout import source_graph
 from kmerge.methods.registry import Array
 from kmerge.surgery import Merged, MergedLayer
+
+ACTIVATIONS = ("Activation", "Softmax", "ReLU", "LeakyReLU")
+"""Layers that are nothing but an activation."""
+
+MIXING = (
+    "Flatten",
+    "Reshape",
+    "Permute",
+    "RepeatVector",
+    "Identity",
+    "ActivityRegularization",
+    "Add",
+    "Average",
+    "Subtract",
+    "Concatenate",
+    *RANDOM,
+    *(f"{kind}Pooling{rank}D" for kind in ("Average", "GlobalAverage") for rank in (1, 2, 3)),
+    *(f"{kind}{rank}D" for kind in ("ZeroPadding", "Cropping", "UpSampling") for rank in (1, 2, 3)),
+)
+"""Layers that give of a mixture of units the mixture of what they give of each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,6 +185,8 @@ class Context:
     values: dict[tuple[int, int], Array] = field(default_factory=dict)
     refused: dict[int, str] | None = None
     """Layers that turned out not to do what their configuration says, once all were tried."""
+    moved: dict[int, float] = field(default_factory=dict)
+    """Layers that give a source's output, and how far it was moved towards what all sources give."""
     _followers: dict[int, frozenset[int]] = field(default_factory=dict)
 
     @cached_property
@@ -225,6 +248,20 @@ class Context:
             if isinstance(ref, Ref)
         ]
 
+    @cached_property
+    def finals(self) -> dict[Ref, bool]:
+        """The same before the last activation, and whether that is a softmax."""
+        graph, found = self.every.merged.graph, {}
+        for ref in self.outputs():
+            layer = graph.layers[graph.calls[ref.call].layer]
+            target = self.every.target(ref.call) if not ref.output else Ref(ref.call, ref.output)
+            name = layer.config.get("activation")
+            if layer.class_name in ACTIVATIONS:
+                target = self.every_input(ref.call)
+                name = "softmax" if layer.class_name == "Softmax" else name
+            found[target] = name == "softmax"
+        return found
+
     def results(self, call: int) -> list[tuple[int, Ref]]:
         """What a merged call gives before its own activation, in each source."""
         return [(source, self.every.target(self._counterparts[source, own])) for source, own in self.merged.calls[call]]
@@ -244,6 +281,26 @@ class Context:
         if layer.class_name in ("ReLU", "LeakyReLU", "ELU", "Softmax", "PReLU") or layer.is_operation:
             return function_of(layer.class_name, layer.config)
         return function_of("linear", {})
+
+    def mixes(self, ref: Ref) -> bool:
+        """Whether mixtures of a tensor's units are worth as much as the units: only linear layers read what it gives,
+        be it padded, moved or averaged before. The largest of several mixtures is no mixture of the largest units."""
+        graph, chains = self.every.merged.graph, self.every_chains
+        waiting = [Ref(ref.call, 0 if ref.output == BEFORE else ref.output)]
+        seen = set(waiting)
+        while waiting:
+            for call in chains.readers.get(waiting.pop(), ()):
+                if call < 0 or graph.calls[call].layer in chains.linear:
+                    continue
+                name = graph.layers[graph.calls[call].layer].class_name
+                if name.endswith(("RNN", "LSTM", "GRU", "Attention", "Attention2D")):
+                    continue
+                if name not in MIXING:
+                    return False
+                following = {Ref(call)} - seen
+                seen |= following
+                waiting += following
+        return True
 
     @cached_property
     def every_chains(self) -> Chains:

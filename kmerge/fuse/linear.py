@@ -11,6 +11,7 @@ import numpy as np
 
 from kmerge.calibration.network import to_numpy
 from kmerge.fuse.chains import Chain
+from kmerge.fuse.common import Common
 from kmerge.fuse.context import Context, Passes, Site
 from kmerge.fuse.design import Linear, agrees
 from kmerge.fuse.mixing import Mixing, reached
@@ -85,18 +86,20 @@ class Columns:
     A call that stands for some of the sources has no target for units that none of these sources has.
     """
 
-    def __init__(self, width: int, valid: Sequence[Array]) -> None:
+    def __init__(self, width: int, valid: Sequence[Array], movable: bool = False) -> None:
         """Args:
         width: columns of the inputs.
         valid: for each kind of call, which outputs have a target, shape (outputs,), bool.
+        movable: whether as many targets follow that these may be moved by.
         """
+        self._movable = movable
         patterns, group = np.unique(np.stack(valid), axis=1, return_inverse=True)
         self.outputs = len(valid[0])
         self.groups = [
             (
                 np.flatnonzero(group.ravel() == number),
                 patterns[:, number],
-                Regression(width, int(np.sum(group == number))),
+                Regression(width, int(np.sum(group == number)), movable),
             )
             for number in range(patterns.shape[1])
         ]
@@ -104,18 +107,21 @@ class Columns:
     def add(self, kind: int, inputs: Array, targets: Array, held: Array) -> None:
         for columns, pattern, regression in self.groups:
             if pattern[kind]:
-                regression.add(inputs, targets[:, columns], held)
+                chosen = np.concatenate([columns, columns + self.outputs]) if self._movable else columns
+                regression.add(inputs, targets[:, chosen], held)
 
-    def solve(self, guess: Array, intercept: bool) -> Solution:
+    def solve(self, guess: Array, intercept: bool, apart: int = 0) -> Solution:
+        """See `Regression.solve`."""
         kernel, offset = np.array(guess, dtype=np.float64), np.zeros(self.outputs)
-        strength, explained = 0.0, 0.0
+        strength, explained, pull = 0.0, 0.0, 0.0
         for columns, pattern, regression in self.groups:
             if pattern.any():
-                found = regression.solve(guess[:, columns], intercept)
+                found = regression.solve(guess[:, columns], intercept, apart)
+                pull = max(pull, found.pull)
                 kernel[:, columns], offset[columns] = found.kernel, found.offset
                 strength = max(strength, found.strength)
                 explained += found.explained * len(columns) / self.outputs
-        return Solution(kernel, offset, strength, explained)
+        return Solution(kernel, offset, strength, explained, pull)
 
     def moments(self, kernel: Array, rows: slice) -> tuple[Array, Array]:
         """Mean and variance of what some of the inputs make of each output, shape (outputs,) each."""
@@ -149,7 +155,22 @@ class LinearTask:
 
     @cached_property
     def sees(self) -> tuple[Ref, ...]:
-        return tuple(dict.fromkeys(ref for chain in self.first.chains for _, ref in self._targets(chain)))
+        own = [ref for chain in self.first.chains for _, ref in self._targets(chain)]
+        return tuple(dict.fromkeys([*own, *self._alike]))
+
+    @cached_property
+    def _alike(self) -> tuple[Ref, ...]:
+        """What each source gives where this layer gives its own source's output; nothing for any other layer."""
+        context, chains = self.context, self.first.chains
+        if len(self.pieces) > 1 or len(chains) > 1 or context.origin(self.first.layer).role != "private":
+            return ()
+        ((source, ref),) = self._targets(chains[0])
+        finals, sources = list(context.finals), len(context.frame.sources)
+        if ref not in finals or len(finals) % sources or context.shares[source] == 1:
+            return ()
+        each = len(finals) // sources
+        number, output = divmod(finals.index(ref), each)
+        return tuple(finals[output::each]) if number == source else ()
 
     @cached_property
     def reads(self) -> tuple[Ref, ...]:
@@ -224,7 +245,8 @@ class LinearTask:
         kinds = [tuple(source for source, _ in self._targets(chain)) for chain in first.chains]
         known = {kind: self._columns(first.layer, kind) for kind in dict.fromkeys(kinds)}
         valid = [reached([*own.values()]).reshape(groups, -1) for own in known.values()]
-        regressions = [Columns(width, [own[group] for own in valid]) for group in range(groups)]
+        common = Common(context.shares, kinds[0][0]) if self._alike else None
+        regressions = [Columns(width, [own[group] for own in valid], common is not None) for group in range(groups)]
         wanted = MOST_COLUMNS if width > MOST_COLUMNS else max(LEAST_ROWS, ROWS_PER_COLUMN * width)
         per_input = wanted / len(first.chains) / context.examples
         bearers = [piece for piece in self.pieces if self._has_offset(piece)]
@@ -249,11 +271,18 @@ class LinearTask:
                 ]
                 design = np.concatenate(designs, axis=2)
                 targets = np.asarray(target).reshape(len(picked), groups, -1)
+                if common is not None:
+                    every = [linear.outputs(to_numpy(theirs[ref]))[picked] for ref in self._alike]
+                    more = common.add(every, away) @ columns[common.source]
+                    targets = np.concatenate([targets, more.reshape(targets.shape)], axis=2)
                 back = away[picked // (rows // len(away))]
                 kind = list(known).index(kinds[number])
                 for group, regression in enumerate(regressions):
                     regression.add(kind, design[:, group], targets[:, group], back)
-        solved = [regression.solve(guess[n], bool(bearers)) for n, regression in enumerate(regressions)]
+        apart = common.apart if common is not None else 0
+        solved = [regression.solve(guess[n], bool(bearers), apart) for n, regression in enumerate(regressions)]
+        if apart:
+            context.moved[first.layer] = max(item.pull for item in solved)
         kernel = np.stack([item.kernel for item in solved])
         offset = np.concatenate([item.offset for item in solved])
         start = 0
@@ -267,7 +296,9 @@ class LinearTask:
             start = stop
         explained = float(np.mean([item.explained for item in solved]))
         names = " + ".join(context.layer(piece.layer).name for piece in self.pieces)
-        return f"{names}: {width} to {outputs * groups}, {explained:.4f} explained, strength {solved[0].strength:.0e}"
+        moved = f", moved by {context.moved[first.layer]:.2f}" if apart else ""
+        told = f"{explained:.4f} explained, strength {solved[0].strength:.0e}{moved}"
+        return f"{names}: {width} to {outputs * groups}, {told}"
 
     def _columns(self, layer: int, sources: Collection[int]) -> dict[int, Mixing]:
         """What takes outputs of each source to those of the merged layer."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from kmerge.agreement import MEAN_LABEL, Agreement, ends_in_sigmoid, measure_agreement, own_rows
-from kmerge.calibration.enrich import channels_first
+from kmerge.calibration.enrich import are_letters, channels_first
 from kmerge.calibration.inputs import Inputs, usual_rows
 from kmerge.calibration.network import Network, Tape, open_network, to_numpy
 from kmerge.data import entries
@@ -58,9 +58,9 @@ MEMORY, PER_PARAMETER, MOST_MEMORY = 32 << 20, 128, 1 << 30
 """Bytes of activations that each of both networks may keep between two steps: so many at least, so many for each
 parameter of the first source, and so many at most. What is not kept is computed again, which takes long where networks
 are large."""
-ENOUGH, ENOUGH_FOR_DENSE = 1000, 8000
-"""Inputs below which more are made out of pairs of them. It takes more where each is but one row for every layer, as in
-a network of dense layers."""
+ENOUGH, ENOUGH_OF_LETTERS, ENOUGH_FOR_DENSE = 1000, 3000, 8000
+"""Inputs below which more are made out of pairs of them. More are worth their time where two rows of letters make
+another one, and more still where each is but one row for every layer, as in a network of dense layers."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +219,11 @@ class _Run:
             self.log.append(task.run(Passes(context, task, sees, reads)))
             self.progress(number + 3, len(tasks) + 2)
         self.notes += unfitted(context, self._every(context))
+        if any(context.moved.values()):
+            self.notes.append(
+                "the sources do one task: each head was fitted to its own source's outputs, moved towards the mean of "
+                f"all by up to {max(context.moved.values()):.0%}, as far as the inputs cannot tell the difference"
+            )
         return context
 
     def _context(self) -> Context:
@@ -230,7 +235,8 @@ class _Run:
         spaces = layout_spaces(layout, shared)
         frame = Frame(layout.sources, spaces, tuple(space.size for space in spaces))
         first = channels_first(source_graph(layout.first))
-        enough = ENOUGH_FOR_DENSE if _gives_one_row(merged, layout.sources) else ENOUGH
+        enough = ENOUGH_OF_LETTERS if are_letters(inputs) else ENOUGH
+        enough = ENOUGH_FOR_DENSE if _gives_one_row(merged, layout.sources) else enough
         enough = usual_rows(layout.sources, enough)
         free = longest_free([entry.shape for entry in entries(layout.first)], inputs)
         activations = activation_bytes(every.merged.graph, free)

@@ -6,6 +6,7 @@ fewer rows than columns are the rows kept instead, and the same solution is foun
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +21,8 @@ _FEW = STRENGTHS[1::2]
 """Those that are tried where every one takes a factorisation."""
 _WIDE = 1024
 """Columns from which eigenvalues take longer than a few factorisations."""
+_AT_ONCE = 512
+"""Rows that are waited for before they are summed up: sums of many columns take as long to write as to compute."""
 
 
 def whole_rows(*arrays: Array) -> Array:
@@ -38,19 +41,24 @@ class Sums:
     Attributes:
         count: number of rows.
         x, y: sums of inputs (p,) and targets (q,).
-        xx, xy, yy: sums of their products, (p, p), (p, q) and of squared targets.
+        xx, xy, yy: sums of their products, (p, p), (p, q) and of squared targets (q,).
     """
 
     x: Array
     y: Array
     xx: Array
     xy: Array
-    yy: float = 0.0
+    yy: Array
     count: int = 0
 
     @classmethod
     def empty(cls, width: int, outputs: int) -> Sums:
-        return cls(np.zeros(width), np.zeros(outputs), np.zeros((width, width)), np.zeros((width, outputs)))
+        zeros = np.zeros((width, outputs))
+        return cls(np.zeros(width), np.zeros(outputs), np.zeros((width, width)), zeros, np.zeros(outputs))
+
+    def part(self, targets: slice) -> Sums:
+        """The same of some of the targets."""
+        return Sums(self.x, self.y[targets], self.xx, self.xy[:, targets], self.yy[targets], self.count)
 
     def add(self, inputs: Array, targets: Array) -> None:
         self.count += len(inputs)
@@ -58,7 +66,7 @@ class Sums:
         self.y += targets.sum(axis=0)
         self.xx += inputs.T @ inputs
         self.xy += inputs.T @ targets
-        self.yy += float(np.einsum("ij,ij->", targets, targets))
+        self.yy += np.einsum("ij,ij->j", targets, targets)
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(
@@ -72,7 +80,7 @@ class Sums:
 
     def loss(self, kernel: Array, offset: Array) -> float:
         """Sum of squared errors of `inputs @ kernel + offset`."""
-        error = self.yy + np.einsum("ij,ij->", kernel, self.xx @ kernel - 2 * self.xy)
+        error = self.yy.sum() + np.einsum("ij,ij->", kernel, self.xx @ kernel - 2 * self.xy)
         return float(error + offset @ (self.count * offset - 2 * self.y + 2 * (self.x @ kernel)))
 
 
@@ -84,12 +92,40 @@ class Solution:
         kernel, offset: shapes (p, q) and (q,).
         strength: of the ridge, in shares of the mean variance of the inputs.
         explained: share of the targets' variance on the held-back rows.
+        pull: how far the targets were moved towards others, from 0 to 1.
     """
 
     kernel: Array
     offset: Array
     strength: float
     explained: float
+    pull: float = 0.0
+
+    def moved(self, pull: float) -> Solution:
+        """The first half of the outputs, moved by so much of the second half."""
+        half = len(self.offset) // 2
+        kernel = self.kernel[:, :half] + pull * self.kernel[:, half:]
+        return Solution(kernel, self.offset[:half] + pull * self.offset[half:], self.strength, self.explained, pull)
+
+
+def farthest(loss: Callable[[float], float], apart: int) -> float:
+    """The largest share from 0 to 1 whose loss is within one standard error of the least.
+
+    What costs less than the held-back rows can tell costs nothing that is known of (Breiman et al., Classification and
+    Regression Trees, 1984, chapter 3: the one-standard-error rule).
+
+    Args:
+        loss: sum of squared errors by share: a parabola, known by three of its points.
+        apart: independent rows that it is a sum over; of normal errors it has a standard error of sqrt(2 / apart).
+    """
+    at, one, two = loss(0.0), loss(0.5), loss(1.0)
+    curve = 2 * (at - 2 * one + two)
+    slope = two - at - curve
+    least = min(max(-slope / (2 * curve), 0.0), 1.0) if curve > 0 else float(two < at)
+    limit = (at + slope * least + curve * least**2) * (1 + np.sqrt(2 / apart))
+    if two <= limit or curve <= 0:
+        return float(two <= limit)
+    return float((-slope + np.sqrt(max(slope**2 - 4 * curve * (at - limit), 0.0))) / (2 * curve))
 
 
 @dataclass(eq=False)
@@ -99,12 +135,15 @@ class Regression:
     Attributes:
         width: columns of the inputs, p.
         outputs: columns of the targets, q.
+        movable: whether each row of targets has as many more: what the first may be moved by.
     """
 
     width: int
     outputs: int
+    movable: bool = False
     _kept: list[tuple[Array, Array, Array]] = field(default_factory=list)
     _rows: int = 0
+    _waiting: int = 0
     _sums: tuple[Sums, Sums] | None = None
 
     def add(self, inputs: Array, targets: Array, held: Array) -> None:
@@ -112,95 +151,119 @@ class Regression:
 
         Args:
             inputs: shape (rows, p).
-            targets: shape (rows, q).
+            targets: shape (rows, q), or (rows, 2 q) of movable ones.
             held: which rows are held back, shape (rows,), bool.
         """
         told = whole_rows(inputs, targets)
         if not told.all():
             inputs, targets, held = inputs[told], targets[told], held[told]
         self._rows += len(inputs)
-        if self._sums is None:
-            self._kept.append((inputs, targets, held))
-            if self._rows <= self.width:
-                return
-            self._sums = (Sums.empty(self.width, self.outputs), Sums.empty(self.width, self.outputs))
-            waiting, self._kept = self._kept, []
-        else:
-            waiting = [(inputs, targets, held)]
-        for x, y, away in waiting:
-            x, y = x.astype(np.float64), y.astype(np.float64)
-            self._sums[0].add(x[~away], y[~away])
-            self._sums[1].add(x[away], y[away])
+        self._waiting += len(inputs)
+        self._kept.append((inputs, targets, held))
+        if self._rows > self.width and self._waiting >= _AT_ONCE:
+            self._summed()
 
-    def solve(self, guess: Array, intercept: bool) -> Solution:
+    def _summed(self) -> tuple[Sums, Sums]:
+        """Sums of all rows, once there are more of them than columns."""
+        if self._sums is None:
+            columns = self.outputs * (2 if self.movable else 1)
+            self._sums = (Sums.empty(self.width, columns), Sums.empty(self.width, columns))
+        if self._kept:
+            inputs, targets, held = (np.concatenate(parts) for parts in zip(*self._kept, strict=True))
+            inputs, targets = inputs.astype(np.float64), targets.astype(np.float64)
+            self._sums[0].add(inputs[~held], targets[~held])
+            self._sums[1].add(inputs[held], targets[held])
+            self._kept, self._waiting = [], 0
+        return self._sums
+
+    def solve(self, guess: Array, intercept: bool, apart: int = 0) -> Solution:
         """The kernel with the least error on held-back rows, fitted again to all rows.
 
         Args:
             guess: kernel towards which the solution is drawn, shape (p, q).
             intercept: whether there is an offset.
+            apart: how many of the held-back rows are independent of each other: movable targets are moved as far as
+                these do not tell. They stay where it is 0.
         """
-        return self._among_rows(guess, intercept) if self._sums is None else self._from_sums(guess, intercept)
+        if self.movable:
+            guess = np.hstack([guess, np.zeros_like(guess)])
+        found, loss = (
+            self._among_rows(guess, intercept) if self._rows <= self.width else self._from_sums(guess, intercept)
+        )
+        return found.moved(farthest(loss, apart) if apart else 0.0) if self.movable else found
 
     # ---- more rows than columns
 
-    def _from_sums(self, guess: Array, intercept: bool) -> Solution:
-        assert self._sums is not None
-        train, held = self._sums
+    def _from_sums(self, guess: Array, intercept: bool) -> tuple[Solution, Callable[[float], float]]:
+        sums = train, held = self._summed()
         told = bool(held.count and train.count)
         if not told:
             train = held = train + held
+        own = slice(self.outputs)
+        judge = held.part(own)
         wide = self.width > _WIDE
         path = _Factorised(train, guess, intercept) if wide else _Decomposed(train, guess, intercept)
-        best, least = float(STRENGTHS[-1]), np.inf
+        best, least, fitted = float(STRENGTHS[-1]), np.inf, Solution(guess, np.zeros(guess.shape[1]), 0.0, 0.0)
         for strength in (_FEW if wide else STRENGTHS) if told else (UNTOLD,):
             kernel = path.kernel(strength)
-            loss = held.loss(kernel, _offset(train, kernel, intercept))
+            offset = _offset(train, kernel, intercept)
+            loss = judge.loss(kernel[:, own], offset[own])
             if loss < least:
-                best, least = float(strength), loss
-        whole = self._sums[0] + self._sums[1]
+                best, least, fitted = float(strength), loss, Solution(kernel, offset, 0.0, 0.0)
+        whole = sums[0] + sums[1]
         path = _Factorised(whole, guess, intercept) if wide else _Decomposed(whole, guess, intercept)
         kernel = path.kernel(best)
-        spread = held.yy - float(held.y @ held.y) / held.count
-        return Solution(kernel, _offset(whole, kernel, intercept), best, _explained(least, spread))
+        spread = float(judge.yy.sum() - judge.y @ judge.y / judge.count)
+        found = Solution(kernel, _offset(whole, kernel, intercept), best, _explained(least, spread))
+
+        def loss_of(pull: float) -> float:
+            moved = fitted.moved(pull)
+            return judge.loss(moved.kernel, moved.offset)
+
+        return found, loss_of
 
     # ---- fewer rows than columns
 
-    def _among_rows(self, guess: Array, intercept: bool) -> Solution:
+    def _among_rows(self, guess: Array, intercept: bool) -> tuple[Solution, Callable[[float], float]]:
         if not self._rows:
-            zero = np.zeros(self.outputs)
-            return Solution(guess, zero, float(STRENGTHS[-1]), 0.0)
+            return Solution(guess, np.zeros(guess.shape[1]), float(STRENGTHS[-1]), 0.0), lambda pull: pull
         inputs = np.concatenate([x for x, _, _ in self._kept]).astype(np.float64)
         targets = np.concatenate([y for _, y, _ in self._kept]).astype(np.float64)
         away = np.concatenate([held for _, _, held in self._kept])
         if away.all() or not away.any():
             away = np.arange(len(away)) % 5 == 4
+        own = slice(self.outputs)
         rest = targets - inputs @ guess
         train, held = ~away, away
-        best, least = float(STRENGTHS[-1]), np.inf
+        best, least, fitted = float(STRENGTHS[-1]), np.inf, np.zeros((int(held.sum()), guess.shape[1]))
         if held.any() and train.any():
-            products, own, middle, scale = _dual(inputs[train], rest[train], intercept)
+            products, pair, middle, scale = _dual(inputs[train], rest[train], intercept)
             across = (inputs[held] - middle[0]) @ (inputs[train] - middle[0]).T
             for strength in STRENGTHS:
-                found = across @ own[1] @ (products / (own[0] + strength * scale)[:, None]) + middle[1]
-                loss = float(np.sum((rest[held] - found) ** 2))
+                made = across @ pair[1] @ (products / (pair[0] + strength * scale)[:, None]) + middle[1]
+                loss = float(np.sum((rest[held] - made)[:, own] ** 2))
                 if loss < least:
-                    best, least = float(strength), loss
-        products, own, middle, scale = _dual(inputs, rest, intercept)
-        change = (inputs - middle[0]).T @ (own[1] @ (products / (own[0] + best * scale)[:, None]))
+                    best, least, fitted = float(strength), loss, made
+        products, pair, middle, scale = _dual(inputs, rest, intercept)
+        change = (inputs - middle[0]).T @ (pair[1] @ (products / (pair[0] + best * scale)[:, None]))
         kernel = guess + change
         made = inputs @ kernel
-        offset = np.asarray((targets - made).mean(axis=0)) if intercept else np.zeros(self.outputs)
-        spread = float(np.sum((targets[held] - targets[held].mean(axis=0)) ** 2)) if held.any() else 0.0
-        return Solution(kernel, offset, best, _explained(least, spread))
+        offset = np.asarray((targets - made).mean(axis=0)) if intercept else np.zeros(guess.shape[1])
+        wanted = targets[held][:, own]
+        spread = float(np.sum((wanted - wanted.mean(axis=0)) ** 2)) if held.any() else 0.0
+        found = Solution(kernel, offset, best, _explained(least, spread))
+        left, step = (rest[held] - fitted)[:, own], fitted[:, self.outputs :]
+        return found, lambda pull: float(np.sum((left - pull * step) ** 2))
 
     def moments(self, kernel: Array, columns: slice) -> tuple[Array, Array]:
         """Mean and variance of `inputs[:, columns] @ kernel` over all rows, shape (q,) each."""
         if not self._rows:
             return np.zeros(kernel.shape[1]), np.ones(kernel.shape[1])
-        if self._sums is None:
+        if self._rows <= self.width:
             made = np.concatenate([x for x, _, _ in self._kept])[:, columns] @ kernel
             return made.mean(axis=0), made.var(axis=0)
-        whole = self._sums[0] + self._sums[1]
+        one, two = self._summed()
+        whole = one + two
         mean = whole.x[columns] @ kernel / whole.count
         square = np.einsum("pq,pq->q", kernel, whole.xx[columns, columns] @ kernel) / whole.count
         return mean, np.maximum(square - mean**2, 0)

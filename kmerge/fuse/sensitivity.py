@@ -8,14 +8,13 @@ import numpy as np
 
 from kmerge.calibration.network import BEFORE
 from kmerge.calibration.slopes import slopes
-from kmerge.fuse.context import Context, Site, Task
+from kmerge.fuse.context import ACTIVATIONS, Context, Site, Task
 from kmerge.graph import Ref
 from kmerge.methods.registry import Array
 
 INPUTS = 128
 """Inputs whose gradients are taken."""
 _AT_ONCE = 16
-_ACTIVATIONS = ("Activation", "Softmax", "ReLU", "LeakyReLU")
 
 Sensitivities = Mapping[tuple[int, int], Array]
 """Mean products of gradients by (number of a site, space), shape (sources * units,) squared."""
@@ -38,7 +37,7 @@ def sensitivities(context: Context, tasks: Sequence[Task], together: bool = Fals
     rng = context.random("signs")
     views = context.random("signs/sites")
     behind = {ref: _behind(context, ref) for site in sites for ref in site.tensors}
-    outputs = _outputs(context)
+    outputs = context.finals
     each = len(outputs) // len(context.frame.sources) if together else len(outputs)
     places = {ref: number % each for number, ref in enumerate(outputs)}  # of one mean, where they are one
     spreads: dict[int, float] = {}
@@ -76,20 +75,6 @@ def sensitivities(context: Context, tasks: Sequence[Task], together: bool = Fals
     return sums
 
 
-def _outputs(context: Context) -> dict[Ref, bool]:
-    """What is given by the sources before the last activation, source by source, and whether that is a softmax."""
-    graph, found = context.every.merged.graph, {}
-    for ref in context.outputs():
-        layer = graph.layers[graph.calls[ref.call].layer]
-        target = context.every.target(ref.call) if not ref.output else Ref(ref.call, ref.output)
-        name = layer.config.get("activation")
-        if layer.class_name in _ACTIVATIONS:
-            target = context.every_input(ref.call)
-            name = "softmax" if layer.class_name == "Softmax" else name
-        found[target] = name == "softmax"
-    return found
-
-
 def _behind(context: Context, ref: Ref) -> Ref:
     """The tensor behind the activation that a unit's result goes through, in the sources' network."""
     if ref.output == BEFORE:
@@ -98,6 +83,6 @@ def _behind(context: Context, ref: Ref) -> Ref:
     readers = context.every_chains.readers.get(ref, ())
     if len(readers) == 1 and readers[0] >= 0:
         layer = graph.layers[graph.calls[readers[0]].layer]
-        if layer.class_name in _ACTIVATIONS and layer.class_name != "Softmax":
+        if layer.class_name in ACTIVATIONS and layer.class_name != "Softmax":
             return Ref(readers[0], 0)
     return ref

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kmerge.dialects.vocabulary import RANDOM
-from kmerge.fuse.blend import Sample
+from kmerge.calibration.network import to_numpy
+from kmerge.fuse.blend import FUNCTIONS, Sample
 from kmerge.fuse.chains import NORMALS, activation_of
 from kmerge.fuse.clusters import cluster_units, distances
-from kmerge.fuse.context import Context, Site, Task
+from kmerge.fuse.context import MIXING, Context, Site, Task
 from kmerge.fuse.pairs import Frame, Kept, Pair
 from kmerge.fuse.sensitivity import Sensitivities
 from kmerge.graph import Ref
@@ -31,12 +31,14 @@ class Moments:
 
     Attributes:
         samples: some rows of each site, by its number.
+        judges: the same of inputs that are held back.
     """
 
     total: Array
     products: Array
     count: int = 0
     samples: dict[int, list[Array]] = field(default_factory=dict)
+    judges: dict[int, list[Array]] = field(default_factory=dict)
 
     def add(self, values: Array) -> None:
         values = values.astype(np.float64)
@@ -51,19 +53,22 @@ def unit_moments(context: Context, tasks: Sequence[Task]) -> dict[int, Moments]:
     wanted = tuple(dict.fromkeys(ref for site in sites for ref in site.tensors))
     later = frozenset(ref for task in tasks for ref in task.sees)
     result: dict[int, Moments] = {}
-    passes = zip(context.source_tape.batches, context.source_tape.passes(wanted, later), strict=True)
-    for turn, (batch, values) in enumerate(passes):
-        part = SAMPLE * len(batch[0]) / context.examples
-        for number, site in enumerate(sites):
-            rng = context.random(f"site/{number}/batch/{turn}")
-            for space, rows in site.views(values, ROWS / context.examples, rng):
-                if context.frame.spaces[space].fixed:
-                    continue
-                size = rows.shape[1]
-                found = result.setdefault(space, Moments(np.zeros(size), np.zeros((size, size))))
-                found.add(rows)
-                kept = rng.random(len(rows)) < part / max(len(rows), 1)
-                found.samples.setdefault(number, []).append(rows[kept].astype(np.float32))
+    passes = zip(context.source_tape.passes(wanted, later), context.held, strict=True)
+    for turn, (values, held) in enumerate(passes):
+        for away in (mask for mask in (~held, held) if mask.any()):
+            chosen = values if away.all() else {ref: to_numpy(values[ref])[away] for ref in wanted}
+            part = SAMPLE * int(away.sum()) / context.examples
+            for number, site in enumerate(sites):
+                rng = context.random(f"site/{number}/batch/{turn}/{'held' if away is held else 'fitted'}")
+                for space, rows in site.views(chosen, ROWS / context.examples, rng):
+                    if context.frame.spaces[space].fixed:
+                        continue
+                    size = rows.shape[1]
+                    found = result.setdefault(space, Moments(np.zeros(size), np.zeros((size, size))))
+                    found.add(rows)
+                    kept = rng.random(len(rows)) < part / max(len(rows), 1)
+                    samples = found.judges if away is held else found.samples
+                    samples.setdefault(number, []).append(rows[kept].astype(np.float32))
     return result
 
 
@@ -82,9 +87,13 @@ def samples_of(
         functions = {id(function): function for ref in sites[place].tensors if (function := context.follows(ref))}
         if not functions or any(context.follows(ref) is None for ref in sites[place].tensors):
             return None
+        if FUNCTIONS["linear"] in functions.values() and not all(context.mixes(ref) for ref in sites[place].tensors):
+            return None
         values = np.concatenate(rows)
         if len(values) >= 2 * values.shape[1]:  # with fewer, what follows from blends follows by chance
-            found.append(Sample(values, next(iter(functions.values())), matters.get((place, number)), together))
+            judges = np.concatenate([values[:0], *moments.judges.get(place, ())])
+            function = next(iter(functions.values()))
+            found.append(Sample(values, function, matters.get((place, number)), together, judges))
     return found
 
 
@@ -179,20 +188,9 @@ _PASSES = (
     "ReLU",
     "LeakyReLU",
     "PReLU",
-    "Flatten",
-    "Reshape",
-    "Permute",
-    "RepeatVector",
-    "Identity",
-    "ActivityRegularization",
-    "Add",
-    "Average",
-    "Subtract",
+    *MIXING,
     "Maximum",
-    "Concatenate",
-    *RANDOM,
-    *(f"{kind}Pooling{rank}D" for kind in ("Max", "Average", "GlobalMax", "GlobalAverage") for rank in (1, 2, 3)),
-    *(f"{kind}{rank}D" for kind in ("ZeroPadding", "Cropping", "UpSampling") for rank in (1, 2, 3)),
+    *(f"{kind}Pooling{rank}D" for kind in ("Max", "GlobalMax") for rank in (1, 2, 3)),
 )
 """Layers that do the same."""
 
