@@ -1324,6 +1324,9 @@ def test_heads_of_one_task_lean_on_each_other(outputs: int, tmp_path: Path) -> N
         errors = [float(np.mean((values - truth) ** 2)) for values in given]
         assert np.mean([float(np.mean((values - truth) ** 2)) for values in made]) < 0.95 * np.mean(errors)
         assert min(item.value for item in fusion.agreements) > 0.95
+        alone, _ = fuse(sources, inputs_of(case.inputs(300)), tmp_path, options={"lean": False})
+        assert not any("one task" in note for note in alone.notes)
+        assert reported(alone) > reported(fusion)
 
 
 def test_heads_of_other_tasks_do_not_lean_on_each_other(strangers: dict[str, tuple[Fusion, Any]]) -> None:

@@ -166,6 +166,7 @@ class Context:
         source_tape: the sources' network on all batches.
         held: per batch, which inputs are held back, shape (batch,), bool.
         seed: of all random numbers.
+        lean: whether heads of one task lean on each other.
         pairs: per space, how its units are made from the sources'.
         own: the merged network, live.
         merged_tape: the merged network on all batches.
@@ -179,6 +180,7 @@ class Context:
     source_tape: Tape
     held: Sequence[Array]
     seed: int
+    lean: bool = False
     pairs: list[Pair | Kept] = field(default_factory=list)
     own: Network | None = None
     merged_tape: Tape | None = None

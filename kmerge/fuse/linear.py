@@ -160,9 +160,15 @@ class LinearTask:
 
     @cached_property
     def _alike(self) -> tuple[Ref, ...]:
-        """What each source gives where this layer gives its own source's output; nothing for any other layer."""
+        """What each source gives where this layer gives its own source's output; nothing where that is not asked for,
+        nor for any other layer."""
         context, chains = self.context, self.first.chains
-        if len(self.pieces) > 1 or len(chains) > 1 or context.origin(self.first.layer).role != "private":
+        if (
+            not context.lean
+            or len(self.pieces) > 1
+            or len(chains) > 1
+            or context.origin(self.first.layer).role != "private"
+        ):
             return ()
         ((source, ref),) = self._targets(chains[0])
         finals, sources = list(context.finals), len(context.frame.sources)

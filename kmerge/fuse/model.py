@@ -221,8 +221,9 @@ class _Run:
         self.notes += unfitted(context, self._every(context))
         if any(context.moved.values()):
             self.notes.append(
-                "the sources do one task: each head was fitted to its own source's outputs, moved towards the mean of "
-                f"all by up to {max(context.moved.values()):.0%}, as far as the inputs cannot tell the difference"
+                "the sources do one task, so their heads lean on each other: each was fitted to its own source's "
+                f"outputs, moved towards the mean of all by up to {max(context.moved.values()):.0%}, which the inputs "
+                "cannot tell from its own alone (--option lean=false)"
             )
         return context
 
@@ -242,7 +243,8 @@ class _Run:
         activations = activation_bytes(every.merged.graph, free)
         batches, held = in_batches(inputs, enough if self.method == "fuse" else 0, self.seed, first, activations)
         tape = Tape(every, batches, memory_for(layout.first))
-        return Context(every, merged, frame, plan.weights, tape, held, self.seed)
+        lean = bool(self.options.get("lean")) and not self.together
+        return Context(every, merged, frame, plan.weights, tape, held, self.seed, lean)
 
     def _every(self, context: Context) -> list[Task]:
         """A step for each layer that can be fitted."""

@@ -58,7 +58,7 @@ def align(
 @method(
     "fuse", paper="arXiv:2507.00037, arXiv:2407.02447", scope="model", needs=_INPUTS, related_only=False, widens=True
 )
-def fuse(stack: Array, *, weights: Array) -> Array:
+def fuse(stack: Array, *, weights: Array, lean: bool = True) -> Array:
     """Cluster the units of all sources, fit every shared layer to the clusters, then every head to the trunk.
 
     For models that were trained apart. The sources are run on calibration inputs, which need no labels. In each feature
@@ -71,18 +71,22 @@ def fuse(stack: Array, *, weights: Array) -> Array:
     Args:
         stack: values whose units stand in one order already, shape (n, *shape), one row per source.
         weights: importance, shape (n,), sums to 1.
+        lean: whether heads of one task lean on each other: each is fitted to its own source's outputs, moved towards
+            the mean of all as far as held-back inputs cannot tell the difference. False fits it to its own alone.
 
     Returns:
         Merged value, shape (*shape), dtype of `stack`.
 
     Departs from the papers: one clustering per feature space, the sum of a residual stream included; blends of units in
     place of clusters' means, found by variable projection on sampled activations; recurrent units are selected, not
-    averaged; regressions are drawn towards merged and unmerged weights, with a strength chosen on held-back inputs.
+    averaged; regressions are drawn towards merged and unmerged weights, with a strength chosen on held-back inputs;
+    heads lean on each other.
 
     >>> import numpy as np
     >>> fuse(np.array([[1., 2.], [3., 6.]]), weights=np.array([.5, .5]))
     array([2., 4.])
     """
+    del lean
     return mean(stack, weights=weights)
 
 
