@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tracemalloc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import permutations
@@ -189,20 +189,27 @@ def test_rows_that_wait_to_be_summed_up_count_like_the_others(
     np.testing.assert_allclose(found.kernel, expected.kernel, atol=1e-9)
 
 
+def farthest_of(loss: Callable[[float], float], rows: int) -> float:
+    return farthest(loss(0.0), loss(0.5), loss(1.0), rows)
+
+
 def test_the_farthest_share_by_hand() -> None:
     """1 + t², of 8 rows: half as much again as the least, 1, is reached at the root of a half."""
-    assert farthest(lambda t: 1 + t**2, 8) == pytest.approx(np.sqrt(0.5))
-    assert farthest(lambda t: 1 + t**2, 2) == 1  # twice as much, at the very end
-    assert farthest(lambda t: 1 + (t - 0.5) ** 2, 2 * 10**8) == pytest.approx(0.5, abs=0.02)  # many rows: the least
-    assert farthest(lambda t: 2 - t, 100) == 1  # the farther, the better
-    assert farthest(lambda t: 1.0, 100) == 1  # no difference at all
-    assert farthest(lambda t: 3 * t**2, 100) == 0  # exact where it is, and only there
-    assert farthest(lambda t: 1 - t**2 / 2 + t, 10**8) == 0  # a hill between: not beyond it
+    assert farthest_of(lambda t: 1 + t**2, 8) == pytest.approx(np.sqrt(0.5))
+    assert farthest_of(lambda t: 1 + t**2, 2) == 1  # twice as much, at the very end
+    assert farthest_of(lambda t: 1 + (t - 0.5) ** 2, 2 * 10**8) == pytest.approx(0.5, abs=0.02)  # the least
+    assert farthest_of(lambda t: 2 - t, 100) == 1  # the farther, the better
+    assert farthest_of(lambda t: 1.0, 100) == 1  # no difference at all
+    assert farthest_of(lambda t: 3 * t**2, 100) == 0  # exact where it is, and only there
+    assert farthest_of(lambda t: 1 - t**2 / 2 + t, 10**8) == 0  # a hill between: not beyond it
 
 
 @pytest.mark.parametrize(("rows", "width"), [(200, 5), (16, 30)])
-@pytest.mark.parametrize("apart", [0, 3, 40])
-def test_targets_move_as_far_as_held_back_rows_do_not_tell(rows: int, width: int, apart: int) -> None:
+@pytest.mark.parametrize("num_held", [(0, 0), (3, 40), (40, 0)])
+@pytest.mark.parametrize("pooled", [False, True])
+def test_targets_move_as_far_as_the_rule_lets_them(
+    rows: int, width: int, num_held: tuple[int, int], pooled: bool
+) -> None:
     x, y, kernel = problem(rows, width, 1.0)
     gap = x @ np.random.default_rng(3).standard_normal(kernel.shape) / 3
     held = np.arange(rows) % 5 == 4
@@ -210,57 +217,82 @@ def test_targets_move_as_far_as_held_back_rows_do_not_tell(rows: int, width: int
     for part in np.array_split(np.arange(rows), 3):
         fit.add(x[part], np.hstack([y, gap])[part], held[part])
     guess = kernel + 0.3
-    found, plain = fit.solve(guess, True, apart), solved(x, y, guess)
+    found, plain = fit.solve(guess, True, np.array(num_held), pooled), solved(x, y, guess)
     assert found.strength == plain.strength
-    expected = closed_form(x, y + found.pull * gap, guess, True, found.strength)
+    pull = np.asarray(found.pull)
+    expected = closed_form(x, y + pull * gap, guess, True, found.strength)
     np.testing.assert_allclose(found.kernel, expected[0], atol=1e-6)
     np.testing.assert_allclose(found.offset, expected[1], atol=1e-5)
 
-    def loss(pull: float) -> float:
-        own, offset = closed_form(x[~held], (y + pull * gap)[~held], guess, True, found.strength)
-        return float(np.sum((y[held] - x[held] @ own - offset) ** 2))
+    def losses(share: float) -> np.ndarray:
+        own, offset = closed_form(x[~held], (y + share * gap)[~held], guess, True, found.strength)
+        errors = np.sum((y[held] - x[held] @ own - offset) ** 2, axis=0)
+        return np.full(2, errors.sum()) if pooled else np.asarray(errors)
 
-    if not apart:
-        assert found.pull == 0
-        return
     shares = np.linspace(0, 1, 201)
-    losses = np.array([loss(share) for share in shares])
-    allowed = shares[losses <= losses.min() * (1 + np.sqrt(2 / apart))]
-    assert found.pull == pytest.approx(allowed.max(), abs=0.006)
-    assert found.pull > 0
+    table = np.array([losses(share) for share in shares])
+    for column, count in enumerate([min(num_held)] * 2 if pooled else num_held):
+        if not count:
+            assert pull[column] == 0
+            continue
+        allowed = shares[table[:, column] <= table[:, column].min() * (1 + np.sqrt(2 / count))]
+        assert pull[column] == pytest.approx(allowed.max(), abs=0.006)
+        assert pull[column] > 0
+
+
+@pytest.mark.parametrize("rows", [0, 40])
+def test_nothing_moves_where_no_rows_are_held_back(rows: int) -> None:
+    x, y, kernel = problem(40, 3, 0.0)
+    fit = Regression(3, 2, True)
+    fit.add(x[:rows], np.hstack([y, y])[:rows], np.zeros(rows, dtype=bool))
+    fit.add(np.full((2, 3), np.nan), np.zeros((2, 4)), np.ones(2, dtype=bool))
+    found = fit.solve(kernel, True, np.array([30, 30]))
+    np.testing.assert_array_equal(found.pull, [0, 0])
+    np.testing.assert_allclose(found.kernel, kernel, atol=1e-9)
 
 
 # ---- what all sources give
 
 
 def test_sources_of_one_task_by_hand() -> None:
-    """Of 0, 2, 4 and 1, 3, 5 the shared mean lies 0.25 above the first; other rows than those held back count too."""
+    """Of 0, 2, 4 and 1, 3, 5 the shared mean lies 0.25 above the first; 3 squares of 1 stand against a spread of 8."""
     one, two = np.array([[0.0], [2.0], [4.0]]), np.array([[1.0], [3.0], [5.0]])
-    common = Common([0.75, 0.25], 0)
-    np.testing.assert_allclose(common.add([one, two], np.array([False, True, True])), 0.25)
-    assert common.apart == 2  # 3 times a square of 1 apart, of a spread of 8: more than half is explained
-    np.testing.assert_allclose(common.add([one, two + 9], np.array([True, True, True])), 2.5)
-    assert common.apart == 0
+    common, of = Common([0.75, 0.25], 0), np.arange(3)
+    gap = common.add([one, two], of, np.array([False, True, True]))
+    np.testing.assert_allclose(gap, 0.25)
+    assert common.num_held(1).tolist() == [2]
+    np.testing.assert_allclose(common.add([one, two + 9], of, np.array([True, True, True])), 2.5)
+    assert common.num_held(1).tolist() == [0]
+
+
+def test_columns_are_alike_one_by_one_or_all_together() -> None:
+    rng = np.random.default_rng(0)
+    one, two = rng.standard_normal((2, 50, 2))
+    one[:, 0] = 100 * one[:, 0]
+    two[:, 0] = one[:, 0] + 1
+    held = np.arange(25) % 5 == 4
+    for pooled, expected in ((False, [5, 0]), (True, [5, 5])):
+        common = Common([0.5, 0.5], 0, pooled)
+        common.add([one, two], np.arange(50) // 2, held)
+        assert common.num_held(2).tolist() == expected
 
 
 def test_sources_of_other_tasks_have_nothing_in_common() -> None:
-    rng = np.random.default_rng(0)
-    one, two = rng.standard_normal((2, 50, 4))
-    held = np.arange(50) % 5 == 4
+    one, two = np.random.default_rng(0).standard_normal((2, 50, 4))
     strangers, others = Common([0.5, 0.5], 0), Common([0.5, 0.5], 1)
-    strangers.add([one, two], held)
-    assert strangers.apart == 0
-    assert not others.add([one[:, :3], two], held).any()
-    assert others.apart == 0
+    strangers.add([one, two], np.arange(50), np.arange(50) % 5 == 4)
+    assert not strangers.num_held(4).any()
+    assert others.add([], np.arange(50), np.arange(50) % 5 == 4) is None
+    assert not others.num_held(4).any()
 
 
-def test_rows_that_are_not_finite_tell_nothing_of_the_task() -> None:
+def test_inputs_that_are_not_finite_judge_nothing() -> None:
     one = np.arange(10.0)[:, None]
     two = one + 0.1
-    two[3] = np.nan
+    two[8] = np.nan
     common = Common([0.5, 0.5], 0)
-    common.add([one, two], np.arange(10) >= 8)
-    assert common.apart == 2
+    common.add([one, two], np.arange(10), np.arange(10) >= 7)
+    assert common.num_held(1).tolist() == [2]
 
 
 # ---- clusters
@@ -1290,10 +1322,14 @@ def test_means_of_several_outputs_of_other_shapes(first: int, tmp_path: Path) ->
 # ---- sources of one task
 
 
-def _noisy(model: Any, amount: float, seed: int) -> Any:
-    rng = np.random.default_rng(seed)
-    model.set_weights([value * np.exp(amount * rng.standard_normal(value.shape)) for value in model.get_weights()])
-    return model
+def noisy_sources(case: zoo.Case, folder: Path, stack: ExitStack) -> list[Source]:
+    """Three copies of one network, each with errors of its own."""
+    found = []
+    for seed, label in enumerate("abc"):
+        model, rng = case.build(0), np.random.default_rng(seed)
+        model.set_weights([value * np.exp(0.25 * rng.standard_normal(value.shape)) for value in model.get_weights()])
+        found.append(stack.enter_context(open_source(zoo.save(model, folder / f"{label}.keras"), label)))
+    return found
 
 
 @pytest.mark.parametrize("outputs", [1, 2])
@@ -1309,12 +1345,7 @@ def test_heads_of_one_task_lean_on_each_other(outputs: int, tmp_path: Path) -> N
     case = zoo.TopologyCase("heads", zoo.F(6), recipe)
     right = case.build(0)
     with ExitStack() as stack:
-        sources = [
-            stack.enter_context(
-                open_source(zoo.save(_noisy(case.build(0), 0.25, seed), tmp_path / f"{label}.keras"), label)
-            )
-            for seed, label in enumerate("abc")
-        ]
+        sources = noisy_sources(case, tmp_path, stack)
         fusion, model = fuse(sources, inputs_of(case.inputs(300)), tmp_path)
         assert any("one task" in note for note in fusion.notes)
         x = np.random.default_rng(99).standard_normal((500, 6)).astype("float32")
@@ -1334,30 +1365,113 @@ def test_heads_of_other_tasks_do_not_lean_on_each_other(strangers: dict[str, tup
         assert not any("one task" in note for note in fusion.notes)
 
 
+HEADS: dict[str, Callable[[Any, Any], Any]] = {
+    "softmax": lambda b, y: b.Dense(3, activation="softmax")(b.Flatten()(y)),
+    "softmax of its own": lambda b, y: b.Softmax()(b.Dense(3)(b.Flatten()(y))),
+    "sigmoid": lambda b, y: b.Dense(2, activation="sigmoid")(b.Dense(4, activation="relu")(b.Flatten()(y))),
+    "rows": lambda b, y: b.Conv1D(2, 2)(y),
+    "groups": lambda b, y: b.Conv1D(4, 2, groups=2)(y),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("lean", [True, False])
+def test_heads_of_many_kinds_lean(name: str, lean: bool, tmp_path: Path) -> None:
+    case = zoo.TopologyCase(
+        name, zoo.F(5, 3), lambda b, x: HEADS[name](b, b.Dense(6, activation="relu", name="one")(x))
+    )
+    with ExitStack() as stack:
+        sources = noisy_sources(case, tmp_path, stack)
+        rules: dict[str, Any] = {"trunk": "one"} if name == "sigmoid" else {}
+        fusion, _ = fuse(sources, inputs_of(case.inputs(200)), tmp_path, options={"lean": lean}, **rules)
+    assert any("one task" in note for note in fusion.notes) is lean
+    assert min(item.value for item in fusion.agreements) > 0.8
+
+
+def test_heads_of_other_shapes_or_numbers_do_not_lean(tmp_path: Path) -> None:
+    def model(kind: str, seed: int) -> Any:
+        def recipe(b: Any, x: Any) -> Any:
+            y = b.Dense(6, activation="relu", name="one")(x)
+            heads = {
+                "stride 1": lambda: b.Conv1D(2, 2)(y),
+                "stride 2": lambda: b.Conv1D(2, 2, strides=2)(y),
+                "flat": lambda: b.Dense(2)(b.Flatten()(y)),
+                "three": lambda: [b.Dense(2)(b.Flatten()(y)) for _ in range(3)],
+            }
+            return heads[kind]()
+
+        return zoo.TopologyCase(kind, zoo.F(6, 3), recipe).build(seed)
+
+    x = np.random.default_rng(0).standard_normal((200, 6, 3)).astype("float32")
+    for kinds in (("stride 1", "stride 2"), ("stride 2", "stride 1"), ("stride 1", "flat"), ("flat", "three")):
+        with ExitStack() as stack:
+            sources = [
+                stack.enter_context(open_source(zoo.save(model(kind, 0), tmp_path / f"{label}.keras"), label))
+                for kind, label in zip(kinds, "ab", strict=True)
+            ]
+            fusion, _ = fuse(sources, inputs_of(x), tmp_path, trunk="one")
+        assert not any("one task" in note for note in fusion.notes), kinds
+        assert min(item.value for item in fusion.agreements) > 0.99, kinds
+
+
+@pytest.mark.parametrize(("outputs", "rows"), [("mean", 200), ("heads", 60)])
+def test_heads_do_not_lean_for_their_mean_or_on_few_inputs(outputs: str, rows: int, tmp_path: Path) -> None:
+    case = network("dense")
+    with ExitStack() as stack:
+        sources = noisy_sources(case, tmp_path, stack)
+        fusion, _ = fuse(sources, inputs_of(case.inputs(rows)), tmp_path, outputs=outputs)
+    assert not any("one task" in note for note in fusion.notes)
+
+
+def test_rows_that_are_made_of_inputs_are_held_back_with_them(tmp_path: Path) -> None:
+    """Behind a reshape that folds positions into rows, each input has three of these."""
+    import keras
+    from keras import layers
+
+    def folded(seed: int) -> Any:
+        keras.utils.set_random_seed(seed)
+        x = keras.Input((3, 4))
+        y = layers.Dense(5, activation="relu", name="one")(keras.ops.reshape(x, (-1, 4)))
+        return keras.Model(x, layers.Dense(2, name="top")(layers.Flatten()(keras.ops.reshape(y, (-1, 3, 5)))))
+
+    with ExitStack() as stack:
+        sources = [
+            stack.enter_context(open_source(zoo.save(folded(seed), tmp_path / f"{seed}.keras"), label))
+            for seed, label in enumerate("ab")
+        ]
+        x = np.random.default_rng(0).standard_normal((150, 3, 4)).astype("float32")
+        fusion, _ = fuse(sources, inputs_of(x), tmp_path)
+    assert min(item.value for item in fusion.agreements) > 0.5
+
+
 def test_units_under_a_maximum_are_no_mixtures(tmp_path: Path) -> None:
     """A mixture of linear units is as good as they are where linear layers read them, not under a maximum."""
 
-    def kinds(pool: str) -> list[bool]:
+    def blended_behind(name: str, layer: Callable[[Any], Any]) -> list[bool]:
         case = zoo.TopologyCase(
-            pool,
-            zoo.F(8, 3),
-            lambda b, x: b.Dense(2)(b.Flatten()(getattr(b, f"{pool}Pooling1D")(2)(b.Conv1D(5, 3, name="one")(x)))),
+            name, zoo.F(8, 3), lambda b, x: b.Dense(2)(b.Flatten()(layer(b)(b.Conv1D(5, 3, name="one")(x))))
         )
         found: list[bool] = []
-        blend = fuse_model.samples_of
+        samples_of = fuse_model.samples_of
 
-        def spied(*given: Any) -> Any:
-            found.append(blend(*given) is not None)
-            return blend(*given)
+        def spied(context: Any, tasks: Any, number: int, *given: Any) -> Any:
+            samples = samples_of(context, tasks, number, *given)
+            uses = context.frame.spaces[number].axes
+            if any(use.role == "output" and use.layer == 1 for use in uses):
+                found.append(samples is not None)
+            return samples
 
         with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
             patch.setattr(fuse_model, "samples_of", spied)
             sources = [
-                stack.enter_context(open_source(zoo.save(case.build(seed), tmp_path / f"{pool}{label}.keras"), label))
+                stack.enter_context(open_source(zoo.save(case.build(seed), tmp_path / f"{name}{label}.keras"), label))
                 for seed, label in enumerate("ab")
             ]
             fuse(sources, inputs_of(case.inputs(120)), tmp_path)
         return found
 
-    assert kinds("Average") == [True]
-    assert kinds("Max") == [False]
+    assert blended_behind("average", lambda b: b.AveragePooling1D(2)) == [True]
+    assert blended_behind("normal", lambda b: b.LayerNormalization()) == [True]
+    assert blended_behind("reader", lambda b: b.Bidirectional(b.LSTM(2))) == [True]
+    assert blended_behind("max", lambda b: b.MaxPooling1D(2)) == [False]
+    assert blended_behind("later", lambda b: lambda y: b.GlobalMaxPooling1D()(b.Dropout(0.1)(y))) == [False]

@@ -53,8 +53,8 @@ def crossed(inputs: Inputs, rows: int, rng: np.random.Generator, first: Collecti
 
 
 def are_letters(inputs: Inputs) -> bool:
-    """Whether all arrays are rows of one-hot letters: what is crossed of them is no less one than what was given."""
-    return all(_one_hot(array) for array in inputs.arrays)
+    """Whether all arrays are rows of one-hot letters, so that crossing two of them gives another such row."""
+    return bool(inputs.arrays) and all(_one_hot(array) for array in inputs.arrays)
 
 
 def _one_hot(array: Array) -> bool:

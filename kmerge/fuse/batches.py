@@ -22,6 +22,8 @@ FEW, MANY, SMALL_BYTES = 48, 512, 24 << 20
 give no more bytes for them than the third says."""
 HELD_BACK = 5
 """One input of so many chooses the strength of the regressions."""
+FEWEST_HELD = 20
+"""Inputs that must be held back, so that more than the strength of regressions is left to them."""
 UNSEEN = 0.1
 """Share of many inputs that measure the agreement and nothing else."""
 

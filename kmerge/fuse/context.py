@@ -13,6 +13,7 @@ import numpy as np
 from kmerge.calibration.network import BEFORE, Network, Tape
 from kmerge.data import generator
 from kmerge.dialects.vocabulary import RANDOM
+from kmerge.fuse.batches import FEWEST_HELD
 from kmerge.fuse.blend import Function, function_of
 from kmerge.fuse.chains import Chains, activation_of
 from kmerge.fuse.mixing import Line, Mixing, unmoved
@@ -41,6 +42,24 @@ MIXING = (
     *(f"{kind}{rank}D" for kind in ("ZeroPadding", "Cropping", "UpSampling") for rank in (1, 2, 3)),
 )
 """Layers that give of a mixture of units the mixture of what they give of each."""
+MAXIMA = (
+    *("Maximum", "Minimum", "MaxPool", "Max", "Amax", "Min", "Amin"),
+    *(f"{kind}Pooling{rank}D" for kind in ("Max", "GlobalMax") for rank in (1, 2, 3)),
+)
+"""Layers and operations that give the largest of several, or the smallest."""
+
+
+@dataclass(frozen=True)
+class Final:
+    """One output of a source, before its last activation.
+
+    Attributes:
+        ref: in the sources' network.
+        softmax: whether that activation is a softmax.
+    """
+
+    ref: Ref
+    softmax: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,18 +270,29 @@ class Context:
         ]
 
     @cached_property
-    def finals(self) -> dict[Ref, bool]:
-        """The same before the last activation, and whether that is a softmax."""
-        graph, found = self.every.merged.graph, {}
-        for ref in self.outputs():
-            layer = graph.layers[graph.calls[ref.call].layer]
-            target = self.every.target(ref.call) if not ref.output else Ref(ref.call, ref.output)
-            name = layer.config.get("activation")
-            if layer.class_name in ACTIVATIONS:
-                target = self.every_input(ref.call)
-                name = "softmax" if layer.class_name == "Softmax" else name
-            found[target] = name == "softmax"
-        return found
+    def finals(self) -> tuple[tuple[Final, ...], ...]:
+        """The same before the last activation, of each source in the order of its outputs."""
+        graph, waiting = self.every.merged.graph, iter(self.outputs())
+        found = []
+        for source in self.frame.sources:
+            own = []
+            for _ in [ref for ref in flatten(source_graph(source).outputs) if isinstance(ref, Ref)]:
+                ref = next(waiting)
+                layer = graph.layers[graph.calls[ref.call].layer]
+                target = self.every.target(ref.call) if not ref.output else Ref(ref.call, ref.output)
+                name = layer.config.get("activation")
+                if layer.class_name in ACTIVATIONS:
+                    target = self.every_input(ref.call)
+                    name = "softmax" if layer.class_name == "Softmax" else name
+                own.append(Final(target, name == "softmax"))
+            found.append(tuple(own))
+        return tuple(found)
+
+    @property
+    def num_held(self) -> int:
+        """Inputs that are held back; none where they are too few to tell much."""
+        count = int(sum(held.sum() for held in self.held))
+        return count if count >= FEWEST_HELD else 0
 
     def results(self, call: int) -> list[tuple[int, Ref]]:
         """What a merged call gives before its own activation, in each source."""
@@ -284,25 +314,21 @@ class Context:
             return function_of(layer.class_name, layer.config)
         return function_of("linear", {})
 
-    def mixes(self, ref: Ref) -> bool:
-        """Whether mixtures of a tensor's units are worth as much as the units: only linear layers read what it gives,
-        be it padded, moved or averaged before. The largest of several mixtures is no mixture of the largest units."""
-        graph, chains = self.every.merged.graph, self.every_chains
+    def meets_maximum(self, ref: Ref) -> bool:
+        """Whether the largest of several is taken of a tensor, as it stands or after it was moved, padded or averaged:
+        the largest of several mixtures of units is no mixture of the largest units."""
+        graph, readers = self.every.merged.graph, self.every_chains.readers
         waiting = [Ref(ref.call, 0 if ref.output == BEFORE else ref.output)]
         seen = set(waiting)
         while waiting:
-            for call in chains.readers.get(waiting.pop(), ()):
-                if call < 0 or graph.calls[call].layer in chains.linear:
-                    continue
+            for call in (call for call in readers.get(waiting.pop(), ()) if call >= 0):
                 name = graph.layers[graph.calls[call].layer].class_name
-                if name.endswith(("RNN", "LSTM", "GRU", "Attention", "Attention2D")):
-                    continue
-                if name not in MIXING:
-                    return False
-                following = {Ref(call)} - seen
-                seen |= following
-                waiting += following
-        return True
+                if name in MAXIMA:
+                    return True
+                if name in MIXING and Ref(call) not in seen:
+                    seen.add(Ref(call))
+                    waiting.append(Ref(call))
+        return False
 
     @cached_property
     def every_chains(self) -> Chains:

@@ -12,7 +12,7 @@ import numpy as np
 from kmerge.calibration.network import to_numpy
 from kmerge.fuse.chains import Chain
 from kmerge.fuse.common import Common
-from kmerge.fuse.context import Context, Passes, Site
+from kmerge.fuse.context import Context, Final, Passes, Site
 from kmerge.fuse.design import Linear, agrees
 from kmerge.fuse.mixing import Mixing, reached
 from kmerge.fuse.ridge import Regression, Solution, whole_rows
@@ -90,7 +90,7 @@ class Columns:
         """Args:
         width: columns of the inputs.
         valid: for each kind of call, which outputs have a target, shape (outputs,), bool.
-        movable: whether as many targets follow that these may be moved by.
+        movable: whether rows of targets are twice as long: all targets, then what each may be moved by.
         """
         self._movable = movable
         patterns, group = np.unique(np.stack(valid), axis=1, return_inverse=True)
@@ -110,15 +110,15 @@ class Columns:
                 chosen = np.concatenate([columns, columns + self.outputs]) if self._movable else columns
                 regression.add(inputs, targets[:, chosen], held)
 
-    def solve(self, guess: Array, intercept: bool, apart: int = 0) -> Solution:
+    def solve(self, guess: Array, intercept: bool, num_held: Array | None = None, pooled: bool = False) -> Solution:
         """See `Regression.solve`."""
         kernel, offset = np.array(guess, dtype=np.float64), np.zeros(self.outputs)
-        strength, explained, pull = 0.0, 0.0, 0.0
+        strength, explained, pull = 0.0, 0.0, np.zeros(self.outputs)
         for columns, pattern, regression in self.groups:
             if pattern.any():
-                found = regression.solve(guess[:, columns], intercept, apart)
-                pull = max(pull, found.pull)
-                kernel[:, columns], offset[columns] = found.kernel, found.offset
+                told = None if num_held is None else num_held[columns]
+                found = regression.solve(guess[:, columns], intercept, told, pooled)
+                kernel[:, columns], offset[columns], pull[columns] = found.kernel, found.offset, found.pull
                 strength = max(strength, found.strength)
                 explained += found.explained * len(columns) / self.outputs
         return Solution(kernel, offset, strength, explained, pull)
@@ -156,27 +156,22 @@ class LinearTask:
     @cached_property
     def sees(self) -> tuple[Ref, ...]:
         own = [ref for chain in self.first.chains for _, ref in self._targets(chain)]
-        return tuple(dict.fromkeys([*own, *self._alike]))
+        return tuple(dict.fromkeys([*own, *(final.ref for final in self._peers)]))
 
     @cached_property
-    def _alike(self) -> tuple[Ref, ...]:
-        """What each source gives where this layer gives its own source's output; nothing where that is not asked for,
-        nor for any other layer."""
+    def _peers(self) -> tuple[Final, ...]:
+        """The same output of every source, where this layer alone gives that of its own: heads that may lean on each
+        other. None where sources have other numbers of outputs, and none for a head that several calls or several
+        layers give, that others share, or behind which more is done than a last activation."""
         context, chains = self.context, self.first.chains
-        if (
-            not context.lean
-            or len(self.pieces) > 1
-            or len(chains) > 1
-            or context.origin(self.first.layer).role != "private"
-        ):
+        private = context.origin(self.first.layer).role == "private"
+        if not (context.lean and context.num_held and private and len(self.pieces) == len(chains) == 1):
             return ()
         ((source, ref),) = self._targets(chains[0])
-        finals, sources = list(context.finals), len(context.frame.sources)
-        if ref not in finals or len(finals) % sources or context.shares[source] == 1:
+        places = [number for number, final in enumerate(context.finals[source]) if final.ref == ref]
+        if len(places) != 1 or len({len(own) for own in context.finals}) > 1 or context.shares[source] == 1:
             return ()
-        each = len(finals) // sources
-        number, output = divmod(finals.index(ref), each)
-        return tuple(finals[output::each]) if number == source else ()
+        return tuple(own[places[0]] for own in context.finals)
 
     @cached_property
     def reads(self) -> tuple[Ref, ...]:
@@ -251,7 +246,7 @@ class LinearTask:
         kinds = [tuple(source for source, _ in self._targets(chain)) for chain in first.chains]
         known = {kind: self._columns(first.layer, kind) for kind in dict.fromkeys(kinds)}
         valid = [reached([*own.values()]).reshape(groups, -1) for own in known.values()]
-        common = Common(context.shares, kinds[0][0]) if self._alike else None
+        common = self._common()
         regressions = [Columns(width, [own[group] for own in valid], common is not None) for group in range(groups)]
         wanted = MOST_COLUMNS if width > MOST_COLUMNS else max(LEAST_ROWS, ROWS_PER_COLUMN * width)
         per_input = wanted / len(first.chains) / context.examples
@@ -265,6 +260,7 @@ class LinearTask:
                 seen = [(source, linear.outputs(values)) for source, values in given]
                 rows = len(seen[0][1])
                 picked = passes.pick(rows, len(away), per_input)
+                of = picked // (rows // len(away))
                 columns = known[kinds[number]]
                 target = sum(values[picked].astype(np.float64) @ columns[source] for source, values in seen)
                 for ref in self._others(chain):
@@ -278,17 +274,24 @@ class LinearTask:
                 design = np.concatenate(designs, axis=2)
                 targets = np.asarray(target).reshape(len(picked), groups, -1)
                 if common is not None:
-                    every = [linear.outputs(to_numpy(theirs[ref]))[picked] for ref in self._alike]
-                    more = common.add(every, away) @ columns[common.source]
-                    targets = np.concatenate([targets, more.reshape(targets.shape)], axis=2)
-                back = away[picked // (rows // len(away))]
+                    every = [to_numpy(theirs[final.ref]) for final in self._peers]
+                    alike = len({values.shape for values in every}) == 1
+                    seen_by_all = [linear.outputs(values)[picked] for values in every] if alike else []
+                    gap = common.add(seen_by_all, of, away)
+                    more = np.zeros_like(target) if gap is None else gap @ columns[common.source]
+                    targets = np.concatenate([targets, np.asarray(more).reshape(targets.shape)], axis=2)
+                back = away[of]
                 kind = list(known).index(kinds[number])
                 for group, regression in enumerate(regressions):
                     regression.add(kind, design[:, group], targets[:, group], back)
-        apart = common.apart if common is not None else 0
-        solved = [regression.solve(guess[n], bool(bearers), apart) for n, regression in enumerate(regressions)]
-        if apart:
-            context.moved[first.layer] = max(item.pull for item in solved)
+        num_held = [None] * groups if common is None else common.num_held(outputs * groups).reshape(groups, -1)
+        solved = [
+            regression.solve(guess[n], bool(bearers), num_held[n], common is not None and common.pooled)
+            for n, regression in enumerate(regressions)
+        ]
+        pull = max(float(np.max(item.pull)) for item in solved)
+        if common is not None:
+            context.moved[first.layer] = pull
         kernel = np.stack([item.kernel for item in solved])
         offset = np.concatenate([item.offset for item in solved])
         start = 0
@@ -302,9 +305,16 @@ class LinearTask:
             start = stop
         explained = float(np.mean([item.explained for item in solved]))
         names = " + ".join(context.layer(piece.layer).name for piece in self.pieces)
-        moved = f", moved by {context.moved[first.layer]:.2f}" if apart else ""
+        moved = f", moved by up to {pull:.2f}" if pull else ""
         told = f"{explained:.4f} explained, strength {solved[0].strength:.0e}{moved}"
         return f"{names}: {width} to {outputs * groups}, {told}"
+
+    def _common(self) -> Common | None:
+        """What tells how alike the sources are at the output that this layer gives; None where nothing is to lean."""
+        if not self._peers:
+            return None
+        ((source, _),) = self.context.origin(self.first.layer).members
+        return Common(self.context.shares, source, self._peers[0].softmax)
 
     def _columns(self, layer: int, sources: Collection[int]) -> dict[int, Mixing]:
         """What takes outputs of each source to those of the merged layer."""

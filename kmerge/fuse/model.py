@@ -108,7 +108,7 @@ def fuse_models(
 
     Memory, at its peak the sum of:
         - the weights of all sources and of the merged model, live, and those of the merged model in float64;
-        - the inputs, and those made of them, up to `ENOUGH`;
+        - the inputs, and those made of them, up to `ENOUGH_FOR_DENSE`;
         - 32 MB of activations for each of both networks, up to 1 GB of large ones (`memory_for`), and all activations
           of one batch, which has at most 48 inputs, or 512 small ones, 2 MB of them and 512 MB of what the sources'
           layers give for them, but one input at least;
@@ -132,8 +132,23 @@ def fuse_models(
         if all(one.value >= other.value for one, other in zip(theirs, ours, strict=True)):
             run.notes.append("the plain mean of the weights agrees with each source at least as well, so it was taken")
             values, context.own = {}, mean
+            context.moved.clear()
+    run.notes += _leaning(context)
     agreements = _agreements(context, context.own, layout, plan, merged.heads, unseen)
     return Fusion(merged, values, agreements, tuple(run.notes), tuple(run.log))
+
+
+def _leaning(context: Context) -> list[str]:
+    """A word on the heads that lean on each other, where it is more than a hundredth."""
+    pulls = {context.layer(number).name: pull for number, pull in context.moved.items() if pull >= 0.01}
+    if not pulls:
+        return []
+    names = ", ".join(f"'{name}'" for name in pulls)
+    return [
+        f"the sources do one task at {names}, so these heads lean on each other: each was fitted to its own source's "
+        f"outputs, moved by up to {max(pulls.values()):.0%} towards the mean of all, within one standard error of the "
+        "loss on held-back inputs (--option lean=false leaves that out)"
+    ]
 
 
 def _check_inputs(layout: Layout) -> None:
@@ -219,12 +234,6 @@ class _Run:
             self.log.append(task.run(Passes(context, task, sees, reads)))
             self.progress(number + 3, len(tasks) + 2)
         self.notes += unfitted(context, self._every(context))
-        if any(context.moved.values()):
-            self.notes.append(
-                "the sources do one task, so their heads lean on each other: each was fitted to its own source's "
-                f"outputs, moved towards the mean of all by up to {max(context.moved.values()):.0%}, which the inputs "
-                "cannot tell from its own alone (--option lean=false)"
-            )
         return context
 
     def _context(self) -> Context:

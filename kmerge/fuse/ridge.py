@@ -78,10 +78,14 @@ class Sums:
             self.count + other.count,
         )
 
-    def loss(self, kernel: Array, offset: Array) -> float:
-        """Sum of squared errors of `inputs @ kernel + offset`."""
-        error = self.yy.sum() + np.einsum("ij,ij->", kernel, self.xx @ kernel - 2 * self.xy)
-        return float(error + offset @ (self.count * offset - 2 * self.y + 2 * (self.x @ kernel)))
+    def losses(self, kernel: Array, offset: Array) -> Array:
+        """Sums of squared errors of `inputs @ kernel + offset`, shape (q,)."""
+        errors = self.yy + np.einsum("ij,ij->j", kernel, self.xx @ kernel - 2 * self.xy)
+        return np.asarray(errors + offset * (self.count * offset - 2 * self.y + 2 * (self.x @ kernel)))
+
+
+Losses = Callable[[float], Array]
+"""Sums of squared errors on held-back rows, shape (q,), by how far the targets are moved."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,40 +96,39 @@ class Solution:
         kernel, offset: shapes (p, q) and (q,).
         strength: of the ridge, in shares of the mean variance of the inputs.
         explained: share of the targets' variance on the held-back rows.
-        pull: how far the targets were moved towards others, from 0 to 1.
+        pull: how far each target was moved towards others, from 0 to 1.
     """
 
     kernel: Array
     offset: Array
     strength: float
     explained: float
-    pull: float = 0.0
+    pull: Array | float = 0.0
 
-    def moved(self, pull: float) -> Solution:
-        """The first half of the outputs, moved by so much of the second half."""
+    def moved(self, pull: Array | float) -> Solution:
+        """The first half of the outputs, each moved by so much of its partner in the second half."""
         half = len(self.offset) // 2
         kernel = self.kernel[:, :half] + pull * self.kernel[:, half:]
         return Solution(kernel, self.offset[:half] + pull * self.offset[half:], self.strength, self.explained, pull)
 
 
-def farthest(loss: Callable[[float], float], apart: int) -> float:
+def farthest(start: float, middle: float, end: float, rows: int) -> float:
     """The largest share from 0 to 1 whose loss is within one standard error of the least.
 
-    What costs less than the held-back rows can tell costs nothing that is known of (Breiman et al., Classification and
-    Regression Trees, 1984, chapter 3: the one-standard-error rule).
+    The one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984, chapter 3. It is a
+    convention, not a test: differences between two shares are known better than either loss.
 
     Args:
-        loss: sum of squared errors by share: a parabola, known by three of its points.
-        apart: independent rows that it is a sum over; of normal errors it has a standard error of sqrt(2 / apart).
+        start, middle, end: sums of squared errors at 0, 0.5 and 1, three points of a parabola.
+        rows: that are independent of each other: of normal errors a loss has a standard error of sqrt(2 / rows).
     """
-    at, one, two = loss(0.0), loss(0.5), loss(1.0)
-    curve = 2 * (at - 2 * one + two)
-    slope = two - at - curve
-    least = min(max(-slope / (2 * curve), 0.0), 1.0) if curve > 0 else float(two < at)
-    limit = (at + slope * least + curve * least**2) * (1 + np.sqrt(2 / apart))
-    if two <= limit or curve <= 0:
-        return float(two <= limit)
-    return float((-slope + np.sqrt(max(slope**2 - 4 * curve * (at - limit), 0.0))) / (2 * curve))
+    curve = 2 * (start - 2 * middle + end)
+    slope = end - start - curve
+    least = min(max(-slope / (2 * curve), 0.0), 1.0) if curve > 0 else float(end < start)
+    limit = (start + slope * least + curve * least**2) * (1 + np.sqrt(2 / rows))
+    if end <= limit or curve <= 0:
+        return float(end <= limit)
+    return float((-slope + np.sqrt(max(slope**2 - 4 * curve * (start - limit), 0.0))) / (2 * curve))
 
 
 @dataclass(eq=False)
@@ -176,25 +179,38 @@ class Regression:
             self._kept, self._waiting = [], 0
         return self._sums
 
-    def solve(self, guess: Array, intercept: bool, apart: int = 0) -> Solution:
+    def solve(self, guess: Array, intercept: bool, num_held: Array | None = None, pooled: bool = False) -> Solution:
         """The kernel with the least error on held-back rows, fitted again to all rows.
 
         Args:
             guess: kernel towards which the solution is drawn, shape (p, q).
             intercept: whether there is an offset.
-            apart: how many of the held-back rows are independent of each other: movable targets are moved as far as
-                these do not tell. They stay where it is 0.
+            num_held: for movable targets, how many independent rows of each are held back, shape (q,): it is moved as
+                far as the one-standard-error rule lets it (`farthest`), and stays where there are none.
+            pooled: whether all targets move alike, as far as the rule lets all of them together.
         """
         if self.movable:
             guess = np.hstack([guess, np.zeros_like(guess)])
-        found, loss = (
-            self._among_rows(guess, intercept) if self._rows <= self.width else self._from_sums(guess, intercept)
-        )
-        return found.moved(farthest(loss, apart) if apart else 0.0) if self.movable else found
+        found, losses = (self._among_rows if self._rows <= self.width else self._from_sums)(guess, intercept)
+        return found.moved(self._pulls(losses, num_held, pooled)) if self.movable else found
+
+    def _pulls(self, losses: Losses | None, num_held: Array | None, pooled: bool) -> Array:
+        """How far each of the targets moves, shape (q,)."""
+        pulls = np.zeros(self.outputs)
+        if losses is None or num_held is None:
+            return pulls
+        points, rows = np.stack([losses(share) for share in (0.0, 0.5, 1.0)], axis=1), num_held
+        if pooled:
+            points, rows = points.sum(axis=0, keepdims=True), rows.min(keepdims=True)
+        far = [
+            farthest(float(start), float(middle), float(end), int(count)) if count else 0.0
+            for (start, middle, end), count in zip(points, rows, strict=True)
+        ]
+        return np.asarray(pulls + np.array(far))
 
     # ---- more rows than columns
 
-    def _from_sums(self, guess: Array, intercept: bool) -> tuple[Solution, Callable[[float], float]]:
+    def _from_sums(self, guess: Array, intercept: bool) -> tuple[Solution, Losses | None]:
         sums = train, held = self._summed()
         told = bool(held.count and train.count)
         if not told:
@@ -207,7 +223,7 @@ class Regression:
         for strength in (_FEW if wide else STRENGTHS) if told else (UNTOLD,):
             kernel = path.kernel(strength)
             offset = _offset(train, kernel, intercept)
-            loss = judge.loss(kernel[:, own], offset[own])
+            loss = float(judge.losses(kernel[:, own], offset[own]).sum())
             if loss < least:
                 best, least, fitted = float(strength), loss, Solution(kernel, offset, 0.0, 0.0)
         whole = sums[0] + sums[1]
@@ -216,17 +232,17 @@ class Regression:
         spread = float(judge.yy.sum() - judge.y @ judge.y / judge.count)
         found = Solution(kernel, _offset(whole, kernel, intercept), best, _explained(least, spread))
 
-        def loss_of(pull: float) -> float:
+        def losses(pull: float) -> Array:
             moved = fitted.moved(pull)
-            return judge.loss(moved.kernel, moved.offset)
+            return judge.losses(moved.kernel, moved.offset)
 
-        return found, loss_of
+        return found, losses if told else None
 
     # ---- fewer rows than columns
 
-    def _among_rows(self, guess: Array, intercept: bool) -> tuple[Solution, Callable[[float], float]]:
+    def _among_rows(self, guess: Array, intercept: bool) -> tuple[Solution, Losses | None]:
         if not self._rows:
-            return Solution(guess, np.zeros(guess.shape[1]), float(STRENGTHS[-1]), 0.0), lambda pull: pull
+            return Solution(guess, np.zeros(guess.shape[1]), float(STRENGTHS[-1]), 0.0), None
         inputs = np.concatenate([x for x, _, _ in self._kept]).astype(np.float64)
         targets = np.concatenate([y for _, y, _ in self._kept]).astype(np.float64)
         away = np.concatenate([held for _, _, held in self._kept])
@@ -253,7 +269,8 @@ class Regression:
         spread = float(np.sum((wanted - wanted.mean(axis=0)) ** 2)) if held.any() else 0.0
         found = Solution(kernel, offset, best, _explained(least, spread))
         left, step = (rest[held] - fitted)[:, own], fitted[:, self.outputs :]
-        return found, lambda pull: float(np.sum((left - pull * step) ** 2))
+        told = bool(held.any() and train.any())
+        return found, (lambda pull: np.sum((left - pull * step) ** 2, axis=0)) if told else None
 
     def moments(self, kernel: Array, columns: slice) -> tuple[Array, Array]:
         """Mean and variance of `inputs[:, columns] @ kernel` over all rows, shape (q,) each."""

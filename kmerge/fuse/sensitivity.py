@@ -37,9 +37,10 @@ def sensitivities(context: Context, tasks: Sequence[Task], together: bool = Fals
     rng = context.random("signs")
     views = context.random("signs/sites")
     behind = {ref: _behind(context, ref) for site in sites for ref in site.tensors}
-    outputs = context.finals
-    each = len(outputs) // len(context.frame.sources) if together else len(outputs)
-    places = {ref: number % each for number, ref in enumerate(outputs)}  # of one mean, where they are one
+    outputs = {final.ref: final.softmax for own in context.finals for final in own}
+    places = {ref: number for number, ref in enumerate(outputs)}
+    if together:  # those that one mean is made of have one place
+        places = {final.ref: number for own in context.finals for number, final in enumerate(own)}
     spreads: dict[int, float] = {}
     drawn: dict[int, Array] = {}
 

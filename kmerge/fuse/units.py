@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -55,21 +56,37 @@ def unit_moments(context: Context, tasks: Sequence[Task]) -> dict[int, Moments]:
     result: dict[int, Moments] = {}
     passes = zip(context.source_tape.passes(wanted, later), context.held, strict=True)
     for turn, (values, held) in enumerate(passes):
-        for away in (mask for mask in (~held, held) if mask.any()):
-            chosen = values if away.all() else {ref: to_numpy(values[ref])[away] for ref in wanted}
-            part = SAMPLE * int(away.sum()) / context.examples
-            for number, site in enumerate(sites):
-                rng = context.random(f"site/{number}/batch/{turn}/{'held' if away is held else 'fitted'}")
+        for number, site in enumerate(sites):
+            for chosen, apart, share in _parts(site, values, held):
+                rng = context.random(f"site/{number}/batch/{turn}/{'held' if apart else 'fitted'}")
                 for space, rows in site.views(chosen, ROWS / context.examples, rng):
                     if context.frame.spaces[space].fixed:
                         continue
                     size = rows.shape[1]
                     found = result.setdefault(space, Moments(np.zeros(size), np.zeros((size, size))))
                     found.add(rows)
+                    part = SAMPLE * share * len(held) / context.examples
                     kept = rng.random(len(rows)) < part / max(len(rows), 1)
-                    samples = found.judges if away is held else found.samples
+                    samples = found.judges if apart else found.samples
                     samples.setdefault(number, []).append(rows[kept].astype(np.float32))
     return result
+
+
+def _parts(site: Site, values: Mapping[Ref, Any], held: Array) -> Iterator[tuple[Mapping[Ref, Any], bool, float]]:
+    """What a site needs of inputs that are fitted to, and of those that are held back: which it is, and its share.
+
+    Undivided where units are not averaged, so that nothing is judged by it, and where rows do not belong to inputs.
+    """
+    lengths = [len(values[ref]) for ref in site.tensors]
+    if not site.averaged or not held.any() or held.all() or any(length % len(held) for length in lengths):
+        yield values, False, 1.0
+        return
+    for away in (~held, held):
+        chosen = {
+            ref: to_numpy(values[ref])[np.repeat(away, length // len(held))]
+            for ref, length in zip(site.tensors, lengths, strict=True)
+        }
+        yield chosen, away is held, float(away.mean())
 
 
 def samples_of(
@@ -87,11 +104,12 @@ def samples_of(
         functions = {id(function): function for ref in sites[place].tensors if (function := context.follows(ref))}
         if not functions or any(context.follows(ref) is None for ref in sites[place].tensors):
             return None
-        if FUNCTIONS["linear"] in functions.values() and not all(context.mixes(ref) for ref in sites[place].tensors):
+        linear = FUNCTIONS["linear"] in functions.values()
+        if linear and any(context.meets_maximum(ref) for ref in sites[place].tensors):
             return None
         values = np.concatenate(rows)
         if len(values) >= 2 * values.shape[1]:  # with fewer, what follows from blends follows by chance
-            judges = np.concatenate([values[:0], *moments.judges.get(place, ())])
+            judges = np.concatenate([values[:0], *moments.judges.get(place, ())]) if context.num_held else None
             function = next(iter(functions.values()))
             found.append(Sample(values, function, matters.get((place, number)), together, judges))
     return found

@@ -72,7 +72,7 @@ def fuse(stack: Array, *, weights: Array, lean: bool = True) -> Array:
         stack: values whose units stand in one order already, shape (n, *shape), one row per source.
         weights: importance, shape (n,), sums to 1.
         lean: whether heads of one task lean on each other: each is fitted to its own source's outputs, moved towards
-            the mean of all as far as held-back inputs cannot tell the difference. False fits it to its own alone.
+            the mean of all within one standard error of the loss on held-back inputs. False fits it to its own alone.
 
     Returns:
         Merged value, shape (*shape), dtype of `stack`.
