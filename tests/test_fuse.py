@@ -202,6 +202,7 @@ def test_the_farthest_share_by_hand() -> None:
     assert farthest_of(lambda t: 1.0, 100) == 1  # no difference at all
     assert farthest_of(lambda t: 3 * t**2, 100) == 0  # exact where it is, and only there
     assert farthest_of(lambda t: 1 - t**2 / 2 + t, 10**8) == 0  # a hill between: not beyond it
+    assert 0 <= farthest_of(lambda t: (t - 0.5) ** 2 * 1e-9 - 1e-12, 100) <= 1  # rounded below nothing
 
 
 @pytest.mark.parametrize(("rows", "width"), [(200, 5), (16, 30)])
@@ -291,7 +292,8 @@ def test_inputs_that_are_not_finite_judge_nothing() -> None:
     two = one + 0.1
     two[8] = np.nan
     common = Common([0.5, 0.5], 0)
-    common.add([one, two], np.arange(10), np.arange(10) >= 7)
+    gap = common.add([one, two], np.arange(10), np.arange(10) >= 7)
+    np.testing.assert_allclose(gap[:, 0], [0.05] * 8 + [0, 0.05])  # the head's own row stays one
     assert common.num_held(1).tolist() == [2]
 
 
@@ -1369,6 +1371,7 @@ HEADS: dict[str, Callable[[Any, Any], Any]] = {
     "softmax": lambda b, y: b.Dense(3, activation="softmax")(b.Flatten()(y)),
     "softmax of its own": lambda b, y: b.Softmax()(b.Dense(3)(b.Flatten()(y))),
     "sigmoid": lambda b, y: b.Dense(2, activation="sigmoid")(b.Dense(4, activation="relu")(b.Flatten()(y))),
+    "softmax of each": lambda b, y: b.TimeDistributed(b.Dense(3, activation="softmax"))(y),
     "rows": lambda b, y: b.Conv1D(2, 2)(y),
     "groups": lambda b, y: b.Conv1D(4, 2, groups=2)(y),
 }
@@ -1421,6 +1424,25 @@ def test_heads_do_not_lean_for_their_mean_or_on_few_inputs(outputs: str, rows: i
         sources = noisy_sources(case, tmp_path, stack)
         fusion, _ = fuse(sources, inputs_of(case.inputs(rows)), tmp_path, outputs=outputs)
     assert not any("one task" in note for note in fusion.notes)
+
+
+def test_blends_are_judged_whatever_the_size_of_a_batch(
+    networks: Networks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[int, list[int]] = {}
+    samples_of = fuse_model.samples_of
+
+    def spied(context: Any, tasks: Any, number: int, moments: Any, *given: Any) -> Any:
+        rows = found.setdefault(len(context.source_tape.batches[0][0]), [])
+        rows.append(sum(len(part) for parts in moments.judges.values() for part in parts))
+        return samples_of(context, tasks, number, moments, *given)
+
+    monkeypatch.setattr(fuse_model, "samples_of", spied)
+    monkeypatch.setattr(fuse_model, "ENOUGH_FOR_DENSE", 0)
+    for size in (1, 5, 48):
+        monkeypatch.setattr("kmerge.fuse.batches.batch_size", lambda *_, size=size: size)
+        fuse(networks["dense"][:2], examples("dense", 120), tmp_path)
+    assert found == {size: [21, 21] for size in (1, 5, 48)}  # every fifth of 108
 
 
 def test_rows_that_are_made_of_inputs_are_held_back_with_them(tmp_path: Path) -> None:

@@ -48,7 +48,8 @@ class Common:
             held: which inputs are held back, shape (inputs,).
 
         Returns:
-            From what the source gives to the mean of all, shape (rows, columns); None where there is nothing.
+            From what the source gives to the mean of all, shape (rows, columns), 0 in rows that are not finite in all
+            sources; None where there is nothing.
         """
         if not given:
             self._differ = True
@@ -57,6 +58,7 @@ class Common:
         own = values[self.source]
         gap = np.asarray(sum(share * one for share, one in zip(self.shares, values, strict=True)) - own)
         told = whole_rows(own, gap)
+        gap[~told] = 0.0
         self._rows += int(told.sum())
         self._held += len(np.unique(of[told & held[of]]))
         self._gap = self._gap + np.sum(gap[told] ** 2, axis=0)

@@ -55,11 +55,15 @@ class Final:
 
     Attributes:
         ref: in the sources' network.
-        softmax: whether that activation is a softmax.
+        activation: by Keras's name, or as a layer holds it.
     """
 
     ref: Ref
-    softmax: bool
+    activation: object
+
+    @property
+    def softmax(self) -> bool:
+        return self.activation == "softmax"
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,11 +284,11 @@ class Context:
                 ref = next(waiting)
                 layer = graph.layers[graph.calls[ref.call].layer]
                 target = self.every.target(ref.call) if not ref.output else Ref(ref.call, ref.output)
-                name = layer.config.get("activation")
+                name = activation_of(layer)
                 if layer.class_name in ACTIVATIONS:
                     target = self.every_input(ref.call)
-                    name = "softmax" if layer.class_name == "Softmax" else name
-                own.append(Final(target, name == "softmax"))
+                    name = name or layer.class_name.lower()
+                own.append(Final(target, name))
             found.append(tuple(own))
         return tuple(found)
 

@@ -161,8 +161,9 @@ class LinearTask:
     @cached_property
     def _peers(self) -> tuple[Final, ...]:
         """The same output of every source, where this layer alone gives that of its own: heads that may lean on each
-        other. None where sources have other numbers of outputs, and none for a head that several calls or several
-        layers give, that others share, or behind which more is done than a last activation."""
+        other. None where sources have other numbers of outputs or other last activations, and none for a head that
+        several calls or several layers give, that others share, or behind which more is done than a last activation.
+        """
         context, chains = self.context, self.first.chains
         private = context.origin(self.first.layer).role == "private"
         if not (context.lean and context.num_held and private and len(self.pieces) == len(chains) == 1):
@@ -171,7 +172,8 @@ class LinearTask:
         places = [number for number, final in enumerate(context.finals[source]) if final.ref == ref]
         if len(places) != 1 or len({len(own) for own in context.finals}) > 1 or context.shares[source] == 1:
             return ()
-        return tuple(own[places[0]] for own in context.finals)
+        peers = tuple(own[places[0]] for own in context.finals)
+        return peers if all(peer.activation == peers[0].activation for peer in peers) else ()
 
     @cached_property
     def reads(self) -> tuple[Ref, ...]:
@@ -260,7 +262,7 @@ class LinearTask:
                 seen = [(source, linear.outputs(values)) for source, values in given]
                 rows = len(seen[0][1])
                 picked = passes.pick(rows, len(away), per_input)
-                of = picked // (rows // len(away))
+                of = picked * len(away) // rows
                 columns = known[kinds[number]]
                 target = sum(values[picked].astype(np.float64) @ columns[source] for source, values in seen)
                 for ref in self._others(chain):
@@ -314,7 +316,7 @@ class LinearTask:
         if not self._peers:
             return None
         ((source, _),) = self.context.origin(self.first.layer).members
-        return Common(self.context.shares, source, self._peers[0].softmax)
+        return Common(self.context.shares, source, self._peers[source].softmax)
 
     def _columns(self, layer: int, sources: Collection[int]) -> dict[int, Mixing]:
         """What takes outputs of each source to those of the merged layer."""

@@ -122,13 +122,14 @@ def farthest(start: float, middle: float, end: float, rows: int) -> float:
         start, middle, end: sums of squared errors at 0, 0.5 and 1, three points of a parabola.
         rows: that are independent of each other: of normal errors a loss has a standard error of sqrt(2 / rows).
     """
+    start, middle, end = (max(loss, 0.0) for loss in (start, middle, end))  # differences of sums may fall below it
     curve = 2 * (start - 2 * middle + end)
     slope = end - start - curve
     least = min(max(-slope / (2 * curve), 0.0), 1.0) if curve > 0 else float(end < start)
     limit = (start + slope * least + curve * least**2) * (1 + np.sqrt(2 / rows))
     if end <= limit or curve <= 0:
         return float(end <= limit)
-    return float((-slope + np.sqrt(max(slope**2 - 4 * curve * (start - limit), 0.0))) / (2 * curve))
+    return float(np.clip((-slope + np.sqrt(max(slope**2 - 4 * curve * (start - limit), 0.0))) / (2 * curve), 0, 1))
 
 
 @dataclass(eq=False)

@@ -78,8 +78,9 @@ def _parts(site: Site, values: Mapping[Ref, Any], held: Array) -> Iterator[tuple
     Undivided where units are not averaged, so that nothing is judged by it, and where rows do not belong to inputs.
     """
     lengths = [len(values[ref]) for ref in site.tensors]
-    if not site.averaged or not held.any() or held.all() or any(length % len(held) for length in lengths):
-        yield values, False, 1.0
+    whole = not site.averaged or any(length % len(held) for length in lengths)
+    if whole or not held.any() or held.all():
+        yield values, not whole and bool(held.all()), 1.0
         return
     for away in (~held, held):
         chosen = {
