@@ -198,6 +198,7 @@ def test_the_farthest_share_by_hand() -> None:
     assert farthest_of(lambda t: 1 + t**2, 8) == pytest.approx(np.sqrt(0.5))
     assert farthest_of(lambda t: 1 + t**2, 2) == 1  # twice as much, at the very end
     assert farthest_of(lambda t: 1 + (t - 0.5) ** 2, 2 * 10**8) == pytest.approx(0.5, abs=0.02)  # the least
+    assert farthest(1.0, 1.25, 2.0, 2, 0.25) == pytest.approx(0.5)  # a quarter at most
     assert farthest_of(lambda t: 2 - t, 100) == 1  # the farther, the better
     assert farthest_of(lambda t: 1.0, 100) == 1  # no difference at all
     assert farthest_of(lambda t: 3 * t**2, 100) == 0  # exact where it is, and only there
@@ -236,7 +237,10 @@ def test_targets_move_as_far_as_the_rule_lets_them(
         if not count:
             assert pull[column] == 0
             continue
-        allowed = shares[table[:, column] <= table[:, column].min() * (1 + np.sqrt(2 / count))]
+        spread = np.sum((y[held] - y[held].mean(axis=0)) ** 2, axis=0)
+        most = ridge.COST * (spread.sum() if pooled else spread[column])
+        least = table[:, column].min()
+        allowed = shares[table[:, column] <= least + min(least * np.sqrt(2 / count), most)]
         assert pull[column] == pytest.approx(allowed.max(), abs=0.006)
         assert pull[column] > 0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -84,8 +85,20 @@ class Sums:
         return np.asarray(errors + offset * (self.count * offset - 2 * self.y + 2 * (self.x @ kernel)))
 
 
-Losses = Callable[[float], Array]
-"""Sums of squared errors on held-back rows, shape (q,), by how far the targets are moved."""
+COST = 0.01
+"""Share of a target's variance on the held-back rows that moving it may cost at most."""
+
+
+class Judged(NamedTuple):
+    """What held-back rows say of movable targets, shapes (q,).
+
+    Attributes:
+        losses: sums of squared errors by how far the targets are moved.
+        spread: sums of squares of the targets about their means.
+    """
+
+    losses: Callable[[float], Array]
+    spread: Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,7 +125,7 @@ class Solution:
         return Solution(kernel, self.offset[:half] + pull * self.offset[half:], self.strength, self.explained, pull)
 
 
-def farthest(start: float, middle: float, end: float, rows: int) -> float:
+def farthest(start: float, middle: float, end: float, rows: int, most: float = np.inf) -> float:
     """The largest share from 0 to 1 whose loss is within one standard error of the least.
 
     The one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984, chapter 3. It is a
@@ -121,12 +134,14 @@ def farthest(start: float, middle: float, end: float, rows: int) -> float:
     Args:
         start, middle, end: sums of squared errors at 0, 0.5 and 1, three points of a parabola.
         rows: that are independent of each other: of normal errors a loss has a standard error of sqrt(2 / rows).
+        most: that the loss may rise, where a standard error is more than that.
     """
     start, middle, end = (max(loss, 0.0) for loss in (start, middle, end))  # differences of sums may fall below it
     curve = 2 * (start - 2 * middle + end)
     slope = end - start - curve
     least = min(max(-slope / (2 * curve), 0.0), 1.0) if curve > 0 else float(end < start)
-    limit = (start + slope * least + curve * least**2) * (1 + np.sqrt(2 / rows))
+    lowest = start + slope * least + curve * least**2
+    limit = lowest + min(lowest * np.sqrt(2 / rows), most)
     if end <= limit or curve <= 0:
         return float(end <= limit)
     return float(np.clip((-slope + np.sqrt(max(slope**2 - 4 * curve * (start - limit), 0.0))) / (2 * curve), 0, 1))
@@ -192,26 +207,27 @@ class Regression:
         """
         if self.movable:
             guess = np.hstack([guess, np.zeros_like(guess)])
-        found, losses = (self._among_rows if self._rows <= self.width else self._from_sums)(guess, intercept)
-        return found.moved(self._pulls(losses, num_held, pooled)) if self.movable else found
+        found, judged = (self._among_rows if self._rows <= self.width else self._from_sums)(guess, intercept)
+        return found.moved(self._pulls(judged, num_held, pooled)) if self.movable else found
 
-    def _pulls(self, losses: Losses | None, num_held: Array | None, pooled: bool) -> Array:
+    def _pulls(self, judged: Judged | None, num_held: Array | None, pooled: bool) -> Array:
         """How far each of the targets moves, shape (q,)."""
         pulls = np.zeros(self.outputs)
-        if losses is None or num_held is None:
+        if judged is None or num_held is None:
             return pulls
-        points, rows = np.stack([losses(share) for share in (0.0, 0.5, 1.0)], axis=1), num_held
+        points, rows = np.stack([judged.losses(share) for share in (0.0, 0.5, 1.0)], axis=1), num_held
+        most = COST * judged.spread
         if pooled:
-            points, rows = points.sum(axis=0, keepdims=True), rows.min(keepdims=True)
+            points, rows, most = points.sum(axis=0, keepdims=True), rows.min(keepdims=True), most.sum(keepdims=True)
         far = [
-            farthest(float(start), float(middle), float(end), int(count)) if count else 0.0
-            for (start, middle, end), count in zip(points, rows, strict=True)
+            farthest(float(start), float(middle), float(end), int(count), float(limit)) if count else 0.0
+            for (start, middle, end), count, limit in zip(points, rows, most, strict=True)
         ]
         return np.asarray(pulls + np.array(far))
 
     # ---- more rows than columns
 
-    def _from_sums(self, guess: Array, intercept: bool) -> tuple[Solution, Losses | None]:
+    def _from_sums(self, guess: Array, intercept: bool) -> tuple[Solution, Judged | None]:
         sums = train, held = self._summed()
         told = bool(held.count and train.count)
         if not told:
@@ -230,18 +246,18 @@ class Regression:
         whole = sums[0] + sums[1]
         path = _Factorised(whole, guess, intercept) if wide else _Decomposed(whole, guess, intercept)
         kernel = path.kernel(best)
-        spread = float(judge.yy.sum() - judge.y @ judge.y / judge.count)
-        found = Solution(kernel, _offset(whole, kernel, intercept), best, _explained(least, spread))
+        spread = judge.yy - judge.y**2 / judge.count
+        found = Solution(kernel, _offset(whole, kernel, intercept), best, _explained(least, float(spread.sum())))
 
         def losses(pull: float) -> Array:
             moved = fitted.moved(pull)
             return judge.losses(moved.kernel, moved.offset)
 
-        return found, losses if told else None
+        return found, Judged(losses, spread) if told else None
 
     # ---- fewer rows than columns
 
-    def _among_rows(self, guess: Array, intercept: bool) -> tuple[Solution, Losses | None]:
+    def _among_rows(self, guess: Array, intercept: bool) -> tuple[Solution, Judged | None]:
         if not self._rows:
             return Solution(guess, np.zeros(guess.shape[1]), float(STRENGTHS[-1]), 0.0), None
         inputs = np.concatenate([x for x, _, _ in self._kept]).astype(np.float64)
@@ -267,11 +283,11 @@ class Regression:
         made = inputs @ kernel
         offset = np.asarray((targets - made).mean(axis=0)) if intercept else np.zeros(guess.shape[1])
         wanted = targets[held][:, own]
-        spread = float(np.sum((wanted - wanted.mean(axis=0)) ** 2)) if held.any() else 0.0
-        found = Solution(kernel, offset, best, _explained(least, spread))
+        spread = np.sum((wanted - wanted.mean(axis=0)) ** 2, axis=0) if held.any() else np.zeros(self.outputs)
+        found = Solution(kernel, offset, best, _explained(least, float(spread.sum())))
         left, step = (rest[held] - fitted)[:, own], fitted[:, self.outputs :]
         told = bool(held.any() and train.any())
-        return found, (lambda pull: np.sum((left - pull * step) ** 2, axis=0)) if told else None
+        return found, Judged(lambda pull: np.sum((left - pull * step) ** 2, axis=0), spread) if told else None
 
     def moments(self, kernel: Array, columns: slice) -> tuple[Array, Array]:
         """Mean and variance of `inputs[:, columns] @ kernel` over all rows, shape (q,) each."""
