@@ -145,9 +145,9 @@ def _leaning(context: Context) -> list[str]:
         return []
     names = ", ".join(f"'{name}'" for name in pulls)
     return [
-        f"the sources do one task at {names}, so these heads lean on each other: each was fitted to its own source's "
-        f"outputs, moved by up to {max(pulls.values()):.0%} towards the mean of all, within one standard error of the "
-        "loss on held-back inputs (--option lean=false leaves that out)"
+        f"the sources do one task, so that heads lean on each other ({names}): each was fitted to its own source's "
+        f"outputs, moved by up to {100 * max(pulls.values()):.0f} % towards the mean of all, within one standard error "
+        "of the loss on held-back inputs (--option lean=false leaves that out)"
     ]
 
 
