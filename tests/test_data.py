@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from kmerge.data import Batch, Dataset, Entry, Reading, entries, open_dataset, open_parts, row_digests
 from kmerge.data import columns as columns_module
 from kmerge.data import streams as streams_module
-from kmerge.data.records import _checksum
+from kmerge.data.records import _checksum, _records
 from kmerge.errors import DataError, FormatError, UnsafeFileError
 from kmerge.source import open_source
 
@@ -541,6 +541,12 @@ def test_records_are_read_by_names(compression: str | None, tmp_path: Path, monk
         np.testing.assert_array_equal(batch.targets["a"], Y)
         np.testing.assert_array_equal(batch.targets["b"], np.where(Y % 4, np.nan, Y))
         np.testing.assert_array_equal(batch.weights["b"], np.where(Y % 4, 1, Y))
+
+
+def test_no_pipeline_of_records_is_tuned(tmp_path: Path) -> None:
+    paths = [write_records(tmp_path / f"{number}.bin", [record(x=[1.0])]) for number in range(2)]
+    for files in (paths[:1], paths):
+        assert _records(files).batch(2).options().autotune.enabled is False
 
 
 def test_records_hold_images_pixels_and_tensors(photos: Path, tmp_path: Path) -> None:

@@ -583,6 +583,25 @@ def test_checkpoints_that_are_none(tmp_path: Path) -> None:
         load_state(tmp_path, "mark")
 
 
+def test_no_pipeline_of_a_training_is_tuned(folder: Path, inputs: Array, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that tunes one may sleep for a minute when it is thrown away."""
+    import keras
+
+    seen: list[tuple[str, bool]] = []
+    for name in ("fit", "evaluate"):
+        plain = getattr(keras.Model, name)
+
+        def noted(model: Any, x: Any, *args: Any, name: str = name, plain: Any = plain, **settings: Any) -> Any:
+            seen.append((name, x.options().autotune.enabled))
+            return plain(model, x, *args, **settings)
+
+        monkeypatch.setattr(keras.Model, name, noted)
+    labels = np.arange(80) % 3
+    kmerge.fine_tune(folder / "merged.keras", (inputs[:80], {"a": labels}), epochs=1)
+    assert {name for name, _ in seen} == {"fit", "evaluate"}
+    assert not any(tuned for _, tuned in seen)
+
+
 def test_time_patience_and_callbacks(folder: Path, fixtures_dir: Path, inputs: Array) -> None:
     import keras
 

@@ -17,6 +17,7 @@ import numpy as np
 from kmerge.data.entries import Entry
 from kmerge.data.images import picture
 from kmerge.data.names import Names
+from kmerge.data.pipeline import untuned
 from kmerge.data.streams import Streamed
 from kmerge.errors import DataError, FormatError, KmergeError
 from kmerge.methods.registry import Array
@@ -136,7 +137,7 @@ def _records(files: Sequence[Path]) -> Any:
     whole = parts[0]
     for part in parts[1:]:
         whole = whole.concatenate(part)
-    return whole
+    return untuned(whole)
 
 
 def _examples(files: Sequence[Path]) -> Iterator[Any]:

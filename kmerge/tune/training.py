@@ -15,6 +15,7 @@ import numpy as np
 from kmerge.agreement import Agreement, percent
 from kmerge.data import Dataset, Entry, Reading, generator, open_dataset, open_parts
 from kmerge.data.dataset import Indexed
+from kmerge.data.pipeline import for_keras
 from kmerge.errors import KmergeError, MergeError, PlanError
 from kmerge.live import one_line, quiet
 from kmerge.progress import Progress
@@ -525,7 +526,7 @@ class _Run:
             course.done |= self.student.stop_training
             return
         settings = {"initial_epoch": first, "epochs": last, "steps_per_epoch": steps, "callbacks": callbacks}
-        self.student.fit(stream, shuffle=False, verbose=0, **settings)
+        self.student.fit(for_keras(stream), shuffle=False, verbose=0, **settings)
         course.done |= self.student.stop_training  # by the user's callbacks too
 
     def _tensorboard(self) -> list[Any]:
@@ -548,7 +549,7 @@ class _Run:
             return {f"val_{name}": value for name, value in measured(self.student, held.once()).items()}
         count = sum(math.ceil(part.rows / 256) for part in held.parts)
         with quiet():
-            found = self.student.evaluate(held.own(), steps=count, verbose=0, return_dict=True)
+            found = self.student.evaluate(for_keras(held.own()), steps=count, verbose=0, return_dict=True)
         return {f"val_{name}": float(value) for name, value in found.items()}
 
     def _agreeing(self, held: Feed) -> tuple[tuple[Agreement, ...], dict[str, float]]:
