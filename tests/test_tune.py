@@ -587,7 +587,7 @@ def test_no_pipeline_of_a_training_is_tuned(folder: Path, inputs: Array, monkeyp
     """The thread that tunes one may sleep for a minute when it is thrown away."""
     import keras
 
-    seen: list[tuple[str, bool]] = []
+    seen: list[tuple[str, bool | None]] = []
     for name in ("fit", "evaluate"):
         plain = getattr(keras.Model, name)
 
@@ -596,10 +596,62 @@ def test_no_pipeline_of_a_training_is_tuned(folder: Path, inputs: Array, monkeyp
             return plain(model, x, *args, **settings)
 
         monkeypatch.setattr(keras.Model, name, noted)
-    labels = np.arange(80) % 3
-    kmerge.fine_tune(folder / "merged.keras", (inputs[:80], {"a": labels}), epochs=1)
-    assert {name for name, _ in seen} == {"fit", "evaluate"}
-    assert not any(tuned for _, tuned in seen)
+    kmerge.fine_tune(folder / "merged.keras", (inputs[:80], {"a": np.arange(80) % 3}), epochs=1)
+    assert set(seen) == {("fit", False), ("evaluate", False)}
+
+
+def test_a_strategy_for_one_device_changes_nothing(folder: Path, tasks: dict[str, tuple[Array, Array]]) -> None:
+    """Keras looks at a first batch under a strategy, and begins anew."""
+    import tensorflow as tf
+
+    x, y = tasks["a"]
+    run: dict[str, Any] = {"epochs": 2, "batch_size": 64, "seed": 3}
+    plain = kmerge.fine_tune(folder / "merged.keras", (x, {"a": y}), **run)
+    with tf.distribute.OneDeviceStrategy("/cpu:0").scope():
+        found = kmerge.fine_tune(folder / "merged.keras", (x, {"a": y}), **run)
+    assert found.steps == plain.steps
+    for before, after in ((plain.scores_before, found.scores_before), (plain.scores_after, found.scores_after)):
+        assert after == pytest.approx(before, rel=1e-4)
+
+
+def test_models_that_take_text_are_trained(tmp_path: Path) -> None:
+    """Of a generator Keras takes no text on TensorFlow."""
+    import keras
+    from keras import layers
+
+    keras.utils.set_random_seed(0)
+    for label, classes in (("a", 3), ("b", 2)):
+        words = layers.TextVectorization(20, output_sequence_length=4, vocabulary=["left", "right", "up"])
+        stack = [words, layers.Embedding(20, 4), layers.GlobalAveragePooling1D(), layers.Dense(classes, "softmax")]
+        keras.Sequential([keras.Input((1,), dtype="string"), *stack]).save(tmp_path / f"{label}.keras")
+    sources = {label: tmp_path / f"{label}.keras" for label in "ab"}
+    kmerge.combine(sources, tmp_path / "merged.keras", method="mean")
+    x, y = np.array([["left"], ["right"], ["up"]] * 20), np.arange(60) % 3
+    found = kmerge.fine_tune(tmp_path / "merged.keras", (x, {"a": y}), epochs=20, learning_rate=0.1)
+    assert found.scores_before["val_a_accuracy"] < found.scores_after["val_a_accuracy"] == 1
+
+
+def test_what_a_source_raises_while_keras_reads_is_told_as_it_was(
+    folder: Path, tasks: dict[str, tuple[Array, Array]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import keras
+
+    x, y = tasks["a"]
+    fitting, plain = False, keras.Model.fit
+
+    def fit(*args: Any, **settings: Any) -> Any:
+        nonlocal fitting
+        fitting = True
+        return plain(*args, **settings)
+
+    def source() -> Iterator[tuple[Array, Array]]:
+        for start in range(0, 160, 16):
+            yield x[start : start + 16], np.full(16, 7) if fitting and start > 100 else y[start : start + 16]
+
+    monkeypatch.setattr(keras.Model, "fit", fit)
+    with pytest.raises(kmerge.DataError, match="The labels of 'a' hold class 7"):
+        kmerge.fine_tune(folder / "merged.keras", {"a": source}, epochs=3, batch_size=16)
+    assert fitting
 
 
 def test_time_patience_and_callbacks(folder: Path, fixtures_dir: Path, inputs: Array) -> None:

@@ -12,7 +12,6 @@ import pytest
 
 from kmerge.data import Dataset, Entry, Reading, open_dataset
 from kmerge.data import streams as streams_module
-from kmerge.data.pipeline import for_keras
 from kmerge.errors import DataError, FormatError, OutputError, PlanError
 from kmerge.tune.checkpoint import NAME, State, check_folder, load_state, locked, save_state
 from kmerge.tune.columns import Column, column_of
@@ -30,34 +29,6 @@ from kmerge.tune.teachers import Kept, Streamed, spread, taught
 
 Array = np.ndarray[Any, Any]
 ONE = (Entry("x", frozenset({"x"}), (None, 1), "float32"),)
-
-
-# ----------------------------------------------------------------------------------------------------- what Keras reads
-
-
-def test_keras_reads_batches_as_they_are_and_no_thread_tunes_them() -> None:
-    """Rows and free lengths stay open, letters and numbers keep their types, and what a source raises comes through."""
-
-    def source() -> Iterator[Any]:
-        for rows, length in ((3, 5), (2, 7), (4, 6)):
-            yield (np.full((rows, length, 2), rows, np.float32), np.array([["a"]] * rows)), {"y": np.arange(rows)}
-
-    made = for_keras(source())
-    assert made.options().autotune.enabled is False
-    (numbers, letters), labels = made.element_spec
-    assert (numbers.shape.as_list(), letters.shape.as_list()) == ([None, None, 2], [None, 1])
-    assert labels["y"].dtype.name == "int64"
-    found = list(made.as_numpy_iterator())
-    assert [x.shape for (x, _), _ in found] == [(3, 5, 2), (2, 7, 2), (4, 6, 2)]
-    assert [text.ravel().tolist() for (_, text), _ in found] == [[b"a"] * 3, [b"a"] * 2, [b"a"] * 4]
-    assert [y["y"].tolist() for _, y in found] == [[0, 1, 2], [0, 1], [0, 1, 2, 3]]
-
-    def broken() -> Iterator[Any]:
-        yield from [(np.ones((2, 1)),)] * 5
-        raise DataError("no more")
-
-    with pytest.raises(Exception, match="no more"):
-        list(for_keras(broken()).as_numpy_iterator())
 
 
 # ---------------------------------------------------------------------------------------------------- what was taught

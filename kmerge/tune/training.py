@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -520,9 +521,9 @@ class _Run:
 
     def _fit_epochs(self, train: Feed, course: Course, first: int, last: int, steps: int, callbacks: list[Any]) -> None:
         # Keras reads ahead, so that each fit begins a stream of its own.
-        stream = train.stream(course.step)
+        stream = partial(train.stream, course.step)
         if self.processes.engine == "tensorflow":
-            Workers(self.student, self.processes).fit(stream, first, last, steps, callbacks)
+            Workers(self.student, self.processes).fit(stream(), first, last, steps, callbacks)
             course.done |= self.student.stop_training
             return
         settings = {"initial_epoch": first, "epochs": last, "steps_per_epoch": steps, "callbacks": callbacks}
@@ -549,7 +550,7 @@ class _Run:
             return {f"val_{name}": value for name, value in measured(self.student, held.once()).items()}
         count = sum(math.ceil(part.rows / 256) for part in held.parts)
         with quiet():
-            found = self.student.evaluate(for_keras(held.own()), steps=count, verbose=0, return_dict=True)
+            found = self.student.evaluate(for_keras(held.own), steps=count, verbose=0, return_dict=True)
         return {f"val_{name}": float(value) for name, value in found.items()}
 
     def _agreeing(self, held: Feed) -> tuple[tuple[Agreement, ...], dict[str, float]]:
